@@ -1,0 +1,263 @@
+"""A read-only view of a source: its components, shards and tensors by header, and the files beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.files import check_inside, check_name, is_alternative_weights, is_pickle, read_json
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.header import Header, StoredTensor, read_header
+
+CONFIG_NAME = "config.json"
+PIPELINE_INDEX = "model_index.json"
+MANIFEST_NAME = "omni_convert.json"
+MARKER_NAME = ".omni_convert.partial"
+INDEX_NAMES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
+WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+DEFAULT_COMPONENTS = ("transformer", "transformer_2")
+_SKIPPED_FOLDERS = {".git": "version control", ".cache": "download cache", "__pycache__": "Python's cache"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One model inside a checkpoint: a config and the shards of its weights. ``name`` is "" for the root."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any] | None
+    shards: tuple[Header, ...]
+    index_name: str | None
+    index_metadata: Mapping[str, Any]
+
+    @property
+    def class_name(self) -> str:
+        """The model class as the config names it, or "unknown"."""
+        config = self.config or {}
+        architectures = config.get("architectures") or [None]
+        return str(config.get("_class_name") or architectures[0] or config.get("model_type") or "unknown")
+
+    def tensors(self) -> Iterator[tuple[str, StoredTensor, Header]]:
+        for shard in self.shards:
+            for name, tensor in shard.tensors.items():
+                yield name, tensor, shard
+
+    def relative(self, file_name: str) -> str:
+        """Path of one of its files relative to the checkpoint, with forward slashes."""
+        return f"{self.name}/{file_name}" if self.name else file_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A source. ``components`` have open headers; ``others`` maps the remaining files (relative) to their sizes."""
+
+    root: Path
+    kind: str  # "pipeline", "model" or "file"
+    components: tuple[Component, ...]
+    others: Mapping[str, int]
+    left_out: Mapping[str, str]
+
+
+def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
+    """Read the headers of the components to quantize; no weight is read, nothing is written.
+
+    Args:
+        path: a diffusers pipeline folder, a component or transformers folder, or one ``.safetensors`` file.
+        components: of a pipeline, the components to open; empty for the diffusion transformers.
+
+    Raises:
+        OmniConvertError: anything missing, malformed, ambiguous or pointing out of the source.
+    """
+    path = Path(os.path.abspath(path))  # not resolve(): a Hub cache snapshot is a folder of links
+    if path.is_file():
+        return _open_file(path, components)
+    if not path.is_dir():
+        raise OmniConvertError(f"{path}: found nothing there, expected a model folder or a .safetensors file.")
+    if (path / MARKER_NAME).exists():
+        raise OmniConvertError(f"{path}: is the unfinished output of a conversion. Run that conversion again.")
+    if (path / PIPELINE_INDEX).is_file():
+        names = _pipeline_components(path, components)
+        opened = tuple(_open_component(path, name) for name in names)
+        return _with_other_files(path, "pipeline", opened)
+    _refuse_components(path, components)
+    return _with_other_files(path, "model", (_open_component(path, ""),))
+
+
+def find_components(path: Path) -> list[str]:
+    """Names of the folders of a pipeline that hold safetensors weights; [""] for a single model."""
+    if not (path / PIPELINE_INDEX).is_file():
+        return [""]
+    folders = sorted(item for item in path.iterdir() if item.is_dir() and item.name not in _SKIPPED_FOLDERS)
+    return [folder.name for folder in folders if any(folder.glob("*.safetensors"))]
+
+
+def open_component(root: Path, name: str) -> Component:
+    """One component of a checkpoint folder, quantized or not."""
+    return _open_component(root, name)
+
+
+def _open_file(path: Path, components: Sequence[str]) -> Checkpoint:
+    if path.suffix != ".safetensors":
+        raise OmniConvertError(_pickle_message(path) if is_pickle(path.name) else f"{path}: not a .safetensors file.")
+    _refuse_components(path, components)
+    component = Component(
+        name="", folder=path.parent, config=None, shards=(read_header(path),), index_name=None, index_metadata={}
+    )
+    return Checkpoint(root=path.parent, kind="file", components=(component,), others={}, left_out={})
+
+
+def _refuse_components(path: Path, components: Sequence[str]) -> None:
+    if components:
+        raise UsageError(f"--component {components[0]}: {path} is not a pipeline (it has no {PIPELINE_INDEX}).")
+
+
+def _pipeline_components(path: Path, wanted: Sequence[str]) -> list[str]:
+    listed = read_json(path / PIPELINE_INDEX)
+    known = [name for name, value in listed.items() if isinstance(value, list) and (path / name).is_dir()]
+    with_weights = [name for name in known if any((path / name).glob("*.safetensors"))]
+    if missing := [name for name in wanted if name not in known]:
+        raise UsageError(f"--component {missing[0]}: the pipeline {path} has {', '.join(known) or 'no components'}.")
+    names = list(dict.fromkeys(wanted)) or [name for name in DEFAULT_COMPONENTS if name in known]
+    if not names:
+        raise UsageError(
+            f"{path}: found no {' or '.join(DEFAULT_COMPONENTS)} in {PIPELINE_INDEX}. Name what to quantize with "
+            f"--component, one of: {', '.join(with_weights) or 'none has safetensors weights'}."
+        )
+    return names
+
+
+def _open_component(root: Path, name: str) -> Component:
+    folder = root / name if name else root
+    config_path = folder / CONFIG_NAME
+    config = read_json(config_path) if config_path.is_file() else None
+    indexes = [item for item in INDEX_NAMES if (folder / item).is_file()]
+    if len(indexes) > 1:
+        raise OmniConvertError(f"{folder}: found both {' and '.join(indexes)}, expected one. Remove the stale one.")
+    if indexes:
+        weight_map, metadata = _read_index(folder / indexes[0])
+        shards = tuple(_open_shard(root, folder, file_name) for file_name in sorted(set(weight_map.values())))
+        _check_weight_map(folder / indexes[0], weight_map, shards)
+    else:
+        metadata = {}
+        shards = tuple(_open_shard(root, folder, file_name) for file_name in _unindexed_shards(folder))
+    component = Component(
+        name=name,
+        folder=folder,
+        config=config,
+        shards=shards,
+        index_name=indexes[0] if indexes else None,
+        index_metadata=metadata,
+    )
+    _check_unique(component)
+    return component
+
+
+def _unindexed_shards(folder: Path) -> list[str]:
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return [name]
+    found = sorted(item.name for item in folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise OmniConvertError(
+            f"{folder}: found {len(found)} safetensors files ({', '.join(found[:3])}, ...) but no index; expected "
+            f"{' or '.join(INDEX_NAMES)}. Download the index too, or convert one file at a time."
+        )
+    pickles = sorted(item for item in folder.iterdir() if is_pickle(item.name))
+    if pickles:
+        raise OmniConvertError(_pickle_message(pickles[0]))
+    raise OmniConvertError(
+        f"{folder}: found no weights, expected one of {', '.join((*WEIGHT_NAMES, *INDEX_NAMES, PIPELINE_INDEX))}."
+    )
+
+
+def _pickle_message(path: Path) -> str:
+    return (
+        f"{path}: found pickle weights, expected safetensors. Pickle files can run code when they are read, so they "
+        "are refused. Load the model with its library and write it with save_pretrained(..., "
+        "safe_serialization=True), or download the safetensors version of the repository."
+    )
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OmniConvertError(f"{path}: found no weight_map. The index is damaged: download it again.")
+    if not isinstance(metadata, dict):
+        raise OmniConvertError(f"{path}: metadata is {metadata!r}, expected an object. Download the index again.")
+    for tensor, file_name in weight_map.items():
+        check_name(path, tensor, file_name)
+    return weight_map, metadata
+
+
+def _open_shard(root: Path, folder: Path, file_name: str) -> Header:
+    path = folder / file_name
+    if not path.exists():
+        raise OmniConvertError(
+            f"{path}: the index names this shard, but it is not there. The download is incomplete: fetch it."
+        )
+    check_inside(path, root)
+    return read_header(path)
+
+
+def _check_weight_map(path: Path, weight_map: Mapping[str, str], shards: Sequence[Header]) -> None:
+    by_name = {shard.path.name: shard for shard in shards}
+    for tensor, file_name in weight_map.items():
+        if tensor not in by_name[file_name].tensors:
+            raise OmniConvertError(
+                f"{path}: tensor {tensor} should be in {file_name}, but that shard does not hold it. "
+                "Index and shards are of different versions: download the repository again."
+            )
+
+
+def _check_unique(component: Component) -> None:
+    home: dict[str, str] = {}
+    for tensor, _, shard in component.tensors():
+        other = home.setdefault(tensor, shard.path.name)
+        if other != shard.path.name:
+            raise OmniConvertError(
+                f"{component.folder}: tensor {tensor} is in both {other} and {shard.path.name}, expected it once. "
+                "The shards are of different versions: download the repository again."
+            )
+
+
+def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) -> Checkpoint:
+    written = {component.relative(shard.path.name) for component in components for shard in component.shards}
+    written |= {component.relative(component.index_name) for component in components if component.index_name}
+    written |= {component.relative(CONFIG_NAME) for component in components}
+    folders = {component.folder for component in components}
+    others: dict[str, int] = {}
+    left_out = {f"{name}/": reason for name, reason in _SKIPPED_FOLDERS.items() if (root / name).is_dir()}
+    for path in _walk(root):
+        relative = path.relative_to(root).as_posix()
+        if relative in written:
+            continue
+        if relative == MANIFEST_NAME:
+            left_out[relative] = "manifest of an earlier conversion"
+        elif path.parent in folders and is_alternative_weights(path.name):
+            left_out[relative] = "another copy of the unquantized weights"
+        else:
+            check_inside(path, root)
+            others[relative] = path.stat().st_size
+    return Checkpoint(root=root, kind=kind, components=components, others=others, left_out=left_out)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
+        for name in subfolders:
+            if (Path(folder) / name).is_symlink():
+                raise OmniConvertError(
+                    f"{Path(folder) / name}: is a link to a folder, expected a folder. Links could lead out of the "
+                    "source or in circles: copy the folder, or convert what the link points to."
+                )
+        for name in sorted(files):
+            path = Path(folder) / name
+            if not path.is_file():
+                raise OmniConvertError(f"{path}: is a broken link or a special file, expected a file. Remove it.")
+            yield path

@@ -1,0 +1,152 @@
+"""The command line: a thin layer over the functions of the same names. Results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from omni_convert import __version__
+from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import OmniConvertError, UsageError
+
+_EPILOG = """\b
+Examples:
+  omni-convert --method int8 model/ out/
+  omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
+  omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
+  omni-convert inspect out/
+  omni-convert verify out/ --source model/
+"""
+
+
+class _DefaultGroup(click.Group):
+    """A group whose bare form is a command: ``omni-convert --method int8 model/ out/``.
+
+    Only a first argument that is exactly a subcommand's name selects it; a folder of that name is ``./verify``.
+    """
+
+    default = "convert"
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {option for param in self.get_params(ctx) for option in param.opts}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage("omni-convert", "[OPTIONS] MODEL OUT")
+        formatter.write_usage("omni-convert", "COMMAND [ARGS]...", prefix="       ")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        convert_command = self.commands[self.default]
+        convert_command.format_options(click.Context(convert_command, parent=ctx), formatter)
+        rows = [(name, cmd.get_short_help_str(90)) for name, cmd in self.commands.items() if name != self.default]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+@click.group(cls=_DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="omni-convert")
+def main() -> None:
+    """Convert a BF16 checkpoint once into a quantized checkpoint that inference engines load unchanged.
+
+    MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, or a .safetensors file.
+    OUT is a new folder with the same layout. Exit status: 0 done, 1 failed, 2 wrong usage.
+    """
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@main.command(short_help="Convert a checkpoint (the same without the word convert).")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--method", type=click.Choice(list(FORMATS)), required=True, help="Format of the quantized weights.")
+@click.option(
+    "--ignore",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keep matching layers: part of a name, glob over the whole name, or re:REGEX. Repeatable.",
+)
+@click.option(
+    "--component",
+    "components",
+    multiple=True,
+    metavar="NAME",
+    help="Quantize these components of a pipeline instead of its diffusion transformers. Repeatable.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan; read only headers, write nothing.")
+@click.option("--link", is_flag=True, help="Hard-link files that arrive unchanged instead of copying them.")
+@click.option("--overwrite", is_flag=True, help="Replace the conversion that OUT holds.")
+@click.option("--hash-source", is_flag=True, help="Record the sha256 of every source file.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads; default: all processors.")
+@_json_option
+def convert(
+    model: Path, out: Path, method: str, ignore: tuple[str, ...], components: tuple[str, ...], dry_run: bool,
+    link: bool, overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert MODEL into OUT."""
+    from omni_convert.converter import show
+    from omni_convert.converter.convert import needs, plan, run
+
+    started = time.perf_counter()
+    planned = plan(model, method=method, ignore=ignore, components=components)
+    if dry_run:
+        memory, disk = needs(planned, threads, link=link)
+        _print(show.plan_dict(planned, memory, disk) if as_json else show.plan_text(planned, memory, disk))
+        return
+    report = run(
+        planned, out, threads=threads, link=link, overwrite=overwrite, hash_source=hash_source, progress=True,
+        started=started,
+    )  # fmt: skip
+    _print(report.to_dict() if as_json else show.report_text(report))
+
+
+@main.command(short_help="Show what is in a checkpoint, quantized or not (headers only).")
+@click.argument("path", type=click.Path(path_type=Path))
+@_json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Show what is in the checkpoint at PATH: classes, dtypes, sizes, quantized and kept layers."""
+    from omni_convert.converter.inspect import inspect as inspect_checkpoint
+
+    summary = inspect_checkpoint(path)
+    _print(summary.to_dict() if as_json else summary.to_text())
+
+
+@main.command(short_help="Check a converted checkpoint against its manifest, its format and its source.")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--source", type=click.Path(path_type=Path), help="Measure every layer's error against this model.")
+@_json_option
+def verify(out: Path, source: Path | None, as_json: bool) -> None:
+    """Check OUT: file hashes against the manifest, tensors against the format, and errors against the source."""
+    from omni_convert.converter.verify import verify as verify_output
+
+    result = verify_output(out, source=source, progress=True)
+    _print(result.to_dict() if as_json else result.to_text())
+    if not result.ok:
+        sys.exit(1)
+
+
+def _print(result: str | dict[str, Any]) -> None:
+    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False))
+
+
+def run_main() -> None:
+    """Entry point: errors that the user can act on become one paragraph and an exit status."""
+    try:
+        main(standalone_mode=True)
+    except UsageError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except OmniConvertError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main()

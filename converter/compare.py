@@ -1,0 +1,98 @@
+"""A quantized component beside its source: the dequantized error of every layer, and that the rest is unchanged."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_convert.converter.checkpoint import Component
+from omni_convert.formats.base import Format
+from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, to_float32
+from omni_convert.formats.header import Header, StoredTensor
+
+PIECE_BYTES = 4 << 20
+ROUNDING_SLACK = 1e-4
+"""float32 division and multiplication move a value by at most about 1e-5 of a step beyond the half."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerComparison:
+    """``sqnr_db``: signal-to-quantization-noise ratio. ``max_steps``: largest error in units of the code distance."""
+
+    layer: str
+    sqnr_db: float
+    max_steps: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
+
+
+def compare_component(source: Component, out: Component, fmt: Format) -> tuple[list[LayerComparison], list[str]]:
+    """Every layer's error, and every tensor that is not what the source makes it."""
+    stored = {name: (tensor, shard) for name, tensor, shard in out.tensors()}
+    originals = source.tensors()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        tasks = [pool.submit(_compare_tensor, *original, stored, fmt) for original in originals]
+        results = [task.result() for task in tasks]
+    layers = [result for result in results if isinstance(result, LayerComparison)]
+    problems = [result for result in results if isinstance(result, str)]
+    problems += [
+        f"{item.layer}: its largest error is {item.max_steps:.3f} steps, expected at most half a step."
+        for item in layers
+        if not item.max_steps <= 0.5 + ROUNDING_SLACK
+    ]
+    return layers, problems
+
+
+def _compare_tensor(
+    name: str, tensor: StoredTensor, shard: Header, stored: dict[str, tuple[StoredTensor, Header]], fmt: Format
+) -> LayerComparison | str | None:
+    layer = name.removesuffix(".weight")
+    parts = {suffix: stored.get(f"{layer}.{suffix}") for suffix in fmt.suffixes}
+    if name.endswith(".weight") and all(parts.values()):
+        return _compare_layer(layer, tensor, shard, {key: part for key, part in parts.items() if part}, fmt)
+    if name not in stored:
+        return f"{name}: is missing in the output."
+    other, other_shard = stored[name]
+    if other.spec != tensor.spec:
+        return f"{name}: is {other.spec}, expected {tensor.spec} as in the source."
+    for start in range(0, tensor.spec.nbytes, PIECE_BYTES):
+        size = min(PIECE_BYTES, tensor.spec.nbytes - start)
+        ours = np.fromfile(other_shard.path, np.uint8, size, offset=other.start + start)
+        if not np.array_equal(ours, np.fromfile(shard.path, np.uint8, size, offset=tensor.start + start)):
+            return f"{name}: differs from the source, expected it unchanged."
+    return None
+
+
+def _compare_layer(
+    layer: str, tensor: StoredTensor, shard: Header, parts: dict[str, tuple[StoredTensor, Header]], fmt: Format
+) -> LayerComparison:
+    rows = tensor.spec.shape[0]
+    step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes)
+    signal = noise = largest = 0.0
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = to_float32(_rows(tensor, shard, start, stop, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
+        ours = {
+            suffix: _rows(part, header, start, stop, OUTPUT_DTYPE[part.spec.dtype])
+            for suffix, (part, header) in parts.items()
+        }
+        error = fmt.dequantize_rows(ours) - weight
+        largest = max(largest, float(np.max(np.abs(error) / fmt.step(ours))))
+        signal += float(np.sum(np.square(weight, dtype=np.float64)))
+        noise += float(np.sum(np.square(error, dtype=np.float64)))
+    sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
+    return LayerComparison(layer=layer, sqnr_db=sqnr, max_steps=largest)
+
+
+def _rows(tensor: StoredTensor, shard: Header, start: int, stop: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    row_bytes = tensor.spec.nbytes // tensor.spec.shape[0]
+    count = (stop - start) * row_bytes // dtype.itemsize
+    values = np.fromfile(shard.path, dtype, count, offset=tensor.start + start * row_bytes)
+    return values.reshape(stop - start, -1)

@@ -1,0 +1,193 @@
+"""From a source to a sealed output: plan, check everything, write, seal."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni_convert.converter.checkpoint import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, open_checkpoint
+from omni_convert.converter.folder import OutputFolder, job_identity, total_size
+from omni_convert.converter.manifest import manifest_bytes
+from omni_convert.converter.plan import Plan, make_plan
+from omni_convert.converter.recipe import Pattern, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from omni_convert.converter.execute import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion did. Bytes are tensor bytes of the quantized components; ``sqnr_db`` is per layer."""
+
+    out: Path
+    method: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    bytes_copied: int
+    bytes_written: int
+    bits_per_weight: float
+    seconds: float
+    gigabytes_per_second: float
+    sqnr_db: dict[str, float]
+
+    @property
+    def mean_sqnr_db(self) -> float:
+        """Mean over the layers that lost anything; infinite if none did."""
+        finite = [value for value in self.sqnr_db.values() if math.isfinite(value)]
+        return sum(finite) / len(finite) if finite else math.inf
+
+    def worst(self, count: int = 3) -> list[tuple[str, float]]:
+        """The layers with the lowest SQNR, worst first."""
+        return sorted(self.sqnr_db.items(), key=lambda item: (item[1], item[0]))[:count]
+
+    def to_dict(self) -> dict[str, Any]:
+        def number(value: float) -> float | None:
+            return round(value, 3) if math.isfinite(value) else None  # JSON has no infinity
+
+        worst = [{"layer": layer, "sqnr_db": number(value)} for layer, value in self.worst()]
+        figures = {key: value for key, value in vars(self).items() if key not in {"out", "sqnr_db"}}
+        return {"out": str(self.out), **figures, "mean_sqnr_db": number(self.mean_sqnr_db), "worst_layers": worst}
+
+
+def plan(
+    source: str | os.PathLike[str], *, method: str, ignore: Sequence[str] = (), components: Sequence[str] = ()
+) -> Plan:
+    """Decide what a conversion would do, from headers alone. Arguments as in ``convert``."""
+    recipe = Recipe(method=method, ignore=tuple(map(Pattern, ignore)), components=tuple(components))
+    return make_plan(open_checkpoint(Path(source), recipe.components), recipe)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: str,
+    ignore: Sequence[str] = (),
+    components: Sequence[str] = (),
+    threads: int | None = None,
+    link: bool = False,
+    overwrite: bool = False,
+    hash_source: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Convert a BF16, FP16 or FP32 checkpoint into a quantized one.
+
+    Args:
+        source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
+        out: a new or empty folder.
+        method: the format, a key of ``omni_convert.formats.FORMATS``.
+        ignore: layers to keep: parts of names, globs over whole names, or ``re:`` regular expressions.
+        components: of a pipeline, what to quantize; default: the diffusion transformers.
+        threads: default: the processors this process may use. The bytes do not depend on it.
+        link: hard-link files that arrive unchanged.
+        overwrite: replace what ``out`` holds.
+        hash_source: record the sha256 of every source file.
+        progress: show a progress bar on stderr (if it is a terminal).
+
+    Raises:
+        OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
+    """
+    started = time.perf_counter()
+    planned = plan(source, method=method, ignore=ignore, components=components)
+    return run(
+        planned, Path(out), threads=threads, link=link, overwrite=overwrite, hash_source=hash_source,
+        progress=progress, started=started,
+    )  # fmt: skip
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    threads: int | None,
+    link: bool,
+    overwrite: bool,
+    hash_source: bool,
+    progress: bool,
+    started: float,
+) -> Report:
+    """Carry out a plan; arguments as in ``convert``."""
+    from omni_convert import __version__
+    from omni_convert.converter.execute import execute
+
+    folder = OutputFolder(
+        plan, out, job_identity(plan.checkpoint, plan.recipe.to_dict(), __version__), overwrite=overwrite
+    )
+    folder.check(linked=link)
+    workers = threads or len(os.sched_getaffinity(0))
+    try:
+        folder.take()
+        total = plan.bytes_before + plan.bytes_copied
+        with _progress_bar(total, show=progress) as advance:
+            outcome = execute(plan, folder.path, folder.copies, threads=workers, link=link, progress=advance)
+        _seal(plan, folder, outcome, hash_source=hash_source)
+    except BaseException:
+        folder.give_back()
+        raise
+    return _report(plan, folder, outcome, time.perf_counter() - started)
+
+
+def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
+    """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``."""
+    from omni_convert.converter.execute import buffer_bytes, scale_bytes
+
+    workers = threads or len(os.sched_getaffinity(0))
+    shards = sum(shard.size for part in plan.components for shard in part.shards)
+    memory = workers * buffer_bytes(plan) + (workers + 1) * scale_bytes(plan)
+    return memory, shards + (0 if link else plan.bytes_copied)
+
+
+def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bool) -> None:
+    """Write what makes the folder loadable, the most telling file last."""
+    texts: dict[str, bytes] = {}
+    for part in plan.components:
+        if part.index_bytes is not None and part.component.index_name:
+            texts[part.component.relative(part.component.index_name)] = part.index_bytes
+        texts[part.component.relative(CONFIG_NAME)] = part.config_bytes
+    if plan.checkpoint.kind == "pipeline":
+        texts[PIPELINE_INDEX] = (plan.checkpoint.root / PIPELINE_INDEX).read_bytes()
+    files = dict(outcome.files) | {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}
+    texts[MANIFEST_NAME] = manifest_bytes(plan, files, outcome.errors, hash_source=hash_source)
+    for name in folder.seals:
+        folder.write(name, texts[name])
+    folder.finish()
+
+
+def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) -> Report:
+    read = plan.bytes_before + plan.bytes_copied
+    several = len(plan.components) > 1
+    return Report(
+        out=folder.path,
+        method=plan.recipe.method,
+        layers=len(outcome.errors),
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        bytes_copied=plan.bytes_copied,
+        bytes_written=total_size(folder.path, folder.files),
+        bits_per_weight=plan.bits_per_weight,
+        seconds=seconds,
+        gigabytes_per_second=read / seconds / 1e9,
+        sqnr_db={
+            (f"{component}.{layer}" if several else layer): error.sqnr_db
+            for (component, layer), error in outcome.errors.items()
+        },
+    )
+
+
+@contextmanager
+def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    disable = None if show else True  # None: shown on a terminal only
+    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=disable, dynamic_ncols=True) as bar:
+        yield lambda count: (bar.update(count), None)[1]

@@ -1,0 +1,182 @@
+"""The output folder: who may write into it, and what an interrupted or failed run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.checkpoint import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MARKER_NAME,
+    PIPELINE_INDEX,
+    Checkpoint,
+)
+from omni_convert.converter.files import read_json
+from omni_convert.converter.output import PARTIAL_SUFFIX
+from omni_convert.converter.plan import Plan, encode_json
+from omni_convert.formats.errors import OmniConvertError
+
+
+class OutputFolder:
+    """Takes a folder for one plan, and gives it back empty if the run fails.
+
+    A marker file says "unfinished" from the first byte until everything is sealed. ``config.json``, the index and
+    ``model_index.json`` are written last, so an interrupted folder cannot be loaded by mistake.
+    """
+
+    def __init__(self, plan: Plan, path: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+        self.plan = plan
+        self.path = Path(os.path.abspath(path))
+        self.job = job
+        self.overwrite = overwrite
+        self.seals = _seal_names(plan)
+        self.copies = [name for name in plan.checkpoint.others if name not in self.seals]
+        shards = [c.component.relative(s.source.path.name) for c in plan.components for s in c.shards]
+        self.files = [*shards, *self.copies, *self.seals]
+        self._stale: list[str] = []
+
+    def check(self, *, linked: bool) -> None:
+        """Everything that can be refused before a byte is written.
+
+        Raises:
+            OmniConvertError: the folder holds something else, overlaps the source, or the disk is too small.
+        """
+        self._check_place()
+        self._check_contents()
+        needed = sum(shard.size for component in self.plan.components for shard in component.shards)
+        needed += 0 if linked else self.plan.bytes_copied
+        reusable = sum(_size(self.path / name) for name in (*self.files, *self._stale))
+        free = shutil.disk_usage(_existing_parent(self.path)).free
+        if needed > free + reusable:
+            raise OmniConvertError(
+                f"{self.path}: the output takes {needed} bytes, but the disk has {free} free. Free "
+                f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
+            )
+
+    def take(self) -> None:
+        """Mark the folder as unfinished, then clear what is to be replaced, seals first."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / MARKER_NAME).write_bytes(encode_json(self.job))
+        for name in (*reversed(self.seals), *self._stale, *self.files):
+            (self.path / name).unlink(missing_ok=True)
+            (self.path / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+        for name in self.files:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, at once under its final name or not at all."""
+        partial = self.path / (name + PARTIAL_SUFFIX)
+        partial.write_bytes(data)
+        partial.replace(self.path / name)
+
+    def finish(self) -> None:
+        (self.path / MARKER_NAME).unlink()
+
+    def give_back(self) -> None:
+        """Remove everything of this run: the folder is as empty as before."""
+        for name in (*reversed(self.seals), *self.files):
+            (self.path / name).unlink(missing_ok=True)
+            (self.path / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+        (self.path / MARKER_NAME).unlink(missing_ok=True)
+        folders = {parent for name in self.files for parent in (self.path / name).parents}
+        for folder in sorted(folders, key=lambda item: -len(item.parts)):
+            if folder.is_relative_to(self.path) and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _check_place(self) -> None:
+        source, out = self.plan.checkpoint.root.resolve(), self.path.resolve()
+        if self.path.exists() and not self.path.is_dir():
+            raise OmniConvertError(f"{self.path}: is a file, expected a folder to write into. Choose another name.")
+        single = self.plan.checkpoint.kind == "file"
+        if out == source or (out.is_relative_to(source) and not single) or source.is_relative_to(out):
+            raise OmniConvertError(
+                f"{self.path}: the output folder and the source {source} are the same or one lies in the other. "
+                "The source is never written to: choose a folder beside it."
+            )
+        for name in self.files:
+            folder = _existing_parent((self.path / name).parent).resolve()
+            if folder.is_relative_to(source) and not single:
+                raise OmniConvertError(f"{self.path / name}: leads into the source {source}. Choose an empty folder.")
+
+    def _check_contents(self) -> None:
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if self.overwrite:
+            self._stale = self._stale_files()
+            return
+        marker = self.path / MARKER_NAME
+        if not marker.is_file():
+            raise OmniConvertError(
+                f"{self.path}: is not empty, expected an empty or new folder. Choose another, or pass --overwrite."
+            )
+        if _marker_job(marker) != self.job:
+            raise OmniConvertError(
+                f"{self.path}: holds the unfinished output of another conversion (another source, recipe or "
+                "version). Finish that one, choose another folder, or pass --overwrite."
+            )
+
+    def _stale_files(self) -> list[str]:
+        """Files of an earlier conversion that this one does not replace; weights of others are not touched."""
+        manifest = self.path / MANIFEST_NAME
+        earlier = read_json(manifest).get("files", {}) if manifest.is_file() else {}
+        stale = [name for name in earlier if name not in self.files and ".." not in Path(name).parts]
+        for component in self.plan.components:
+            folder = self.path / component.component.name
+            for item in folder.glob("*.safetensors"):
+                name = component.component.relative(item.name)
+                if name not in self.files and name not in stale:
+                    raise OmniConvertError(
+                        f"{item}: holds weights that this conversion would leave beside its own; engines could load "
+                        "both. Remove the file, or choose another folder."
+                    )
+        return [name for name in stale if (self.path / name).parent.resolve().is_relative_to(self.path.resolve())]
+
+
+def job_identity(checkpoint: Checkpoint, recipe: dict[str, Any], version: str) -> dict[str, Any]:
+    """What makes two runs the same job: the source's headers, the recipe and the version."""
+    return {
+        "omni_convert": version,
+        "recipe": recipe,
+        "source": str(checkpoint.root),
+        "headers": {
+            component.relative(shard.path.name): shard.sha256
+            for component in checkpoint.components
+            for shard in component.shards
+        },
+    }
+
+
+def _seal_names(plan: Plan) -> list[str]:
+    """Files that make the folder loadable, in the order in which they are written."""
+    names = [MANIFEST_NAME]
+    for component in plan.components:
+        names += (
+            [component.component.relative(component.component.index_name)] if component.component.index_name else []
+        )
+    names += [component.component.relative(CONFIG_NAME) for component in plan.components]
+    return names + ([PIPELINE_INDEX] if plan.checkpoint.kind == "pipeline" else [])
+
+
+def _marker_job(marker: Path) -> object:
+    try:
+        return json.loads(marker.read_bytes())
+    except ValueError:  # killed while the marker was written: nothing else is there yet
+        return None
+
+
+def _existing_parent(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def total_size(root: Path, names: Iterable[str]) -> int:
+    """Bytes of some files below ``root``."""
+    return sum(_size(root / name) for name in names)

@@ -1,0 +1,138 @@
+"""What is in a checkpoint, from its headers and configs alone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.checkpoint import (
+    MANIFEST_NAME,
+    MARKER_NAME,
+    Component,
+    find_components,
+    open_checkpoint,
+    open_component,
+)
+from omni_convert.converter.files import read_json
+from omni_convert.converter.tables import format_bytes, format_table
+from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import OmniConvertError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeTotal:
+    """How much of a component is stored in one dtype."""
+
+    dtype: str
+    tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentSummary:
+    """One component. ``method`` is None for unquantized weights; ``bits_per_weight`` counts scales as overhead."""
+
+    name: str
+    model_class: str
+    method: str | None
+    shards: int
+    quantized_layers: int
+    kept_layers: int
+    weights: int
+    bytes: int
+    bits_per_weight: float
+    dtypes: tuple[DtypeTotal, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A whole checkpoint. ``made_by``: the version in its manifest, if it has one."""
+
+    path: str
+    made_by: str | None
+    components: tuple[ComponentSummary, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_text(self) -> str:
+        origin = f"converted by omni-convert {self.made_by}" if self.made_by else "no omni-convert manifest"
+        rows = [["component", "class", "method", "layers", "kept", "weights", "size", "bits/weight", "dtypes"]]
+        for item in self.components:
+            dtypes = ", ".join(f"{total.dtype} {format_bytes(total.bytes)}" for total in item.dtypes)
+            layers = (str(item.quantized_layers), str(item.kept_layers), _count(item.weights))
+            sizes = (format_bytes(item.bytes), f"{item.bits_per_weight:.2f}", dtypes)
+            rows.append([item.name or ".", item.model_class, item.method or "none", *layers, *sizes])
+        return f"{self.path} ({origin})\n{format_table(rows, right=(3, 4, 5, 6, 7))}"
+
+
+def inspect(path: str | os.PathLike[str]) -> Summary:
+    """Summarize a checkpoint folder or file.
+
+    Raises:
+        OmniConvertError: nothing there, unfinished, or malformed.
+    """
+    root = Path(os.path.abspath(path))
+    if not root.is_dir():
+        (component,) = open_checkpoint(root).components
+        return Summary(path=str(root), made_by=None, components=(_summarize(component),))
+    if (root / MARKER_NAME).exists():
+        raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
+    manifest = root / MANIFEST_NAME
+    made_by = str(read_json(manifest).get("omni_convert")) if manifest.is_file() else None
+    components = tuple(_summarize(open_component(root, name)) for name in find_components(root))
+    return Summary(path=str(root), made_by=made_by, components=components)
+
+
+def quantized_layers(component: Component, suffixes: tuple[str, ...]) -> set[str]:
+    """Layers that hold every tensor of a format."""
+    names = {name for name, _, _ in component.tensors()}
+    layers = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    return {layer for layer in layers if all(f"{layer}.{suffix}" in names for suffix in suffixes)}
+
+
+def quant_method(component: Component) -> str | None:
+    """The method that a component's config announces."""
+    config = (component.config or {}).get("quantization_config")
+    return str(config.get("quant_method")) if isinstance(config, dict) else None
+
+
+def _summarize(component: Component) -> ComponentSummary:
+    method = quant_method(component)
+    suffixes = tuple(FORMATS[method].suffixes) if method and method in FORMATS else ()
+    quantized = quantized_layers(component, suffixes) if suffixes else set()
+    side = {f"{layer}.{suffix}" for layer in quantized for suffix in suffixes if suffix != "weight"}
+    tensors, sizes, weights, kept = Counter[str](), Counter[str](), 0, 0
+    for name, tensor, _ in component.tensors():
+        tensors[tensor.spec.dtype] += 1
+        sizes[tensor.spec.dtype] += tensor.spec.nbytes
+        weights += 0 if name in side else tensor.spec.numel
+        matrix = name.endswith(".weight") and len(tensor.spec.shape) == 2
+        kept += matrix and name.removesuffix(".weight") not in quantized
+    total = sum(sizes.values())
+    return ComponentSummary(
+        name=component.name,
+        model_class=component.class_name,
+        method=method,
+        shards=len(component.shards),
+        quantized_layers=len(quantized),
+        kept_layers=kept,
+        weights=weights,
+        bytes=total,
+        bits_per_weight=8 * total / weights if weights else 0.0,
+        dtypes=tuple(
+            DtypeTotal(dtype=dtype, tensors=tensors[dtype], bytes=size) for dtype, size in sizes.most_common()
+        ),
+    )
+
+
+def _count(number: float) -> str:
+    """1.23 k, M, B: as parameters are counted."""
+    for unit in ("", " k", " M"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} B"

@@ -1,0 +1,93 @@
+"""``omni_convert.json``: where an output comes from, what was done to every tensor, and what its files must be."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.checkpoint import CONFIG_NAME, Checkpoint, Component
+from omni_convert.converter.execute import LayerError
+from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
+
+HASH_BYTES = 4 << 20
+
+
+def manifest_bytes(
+    plan: Plan,
+    files: Mapping[str, tuple[str, int]],
+    errors: Mapping[tuple[str, str], LayerError],
+    *,
+    hash_source: bool,
+) -> bytes:
+    """The manifest: recipe, tool version, output files, source files, and the decision for every tensor."""
+    from omni_convert import __version__
+
+    return encode_json(
+        {
+            "omni_convert": __version__,
+            "recipe": plan.recipe.to_dict(),
+            "files": {name: {"size": size, "sha256": digest} for name, (digest, size) in sorted(files.items())},
+            "source": {
+                "name": plan.checkpoint.root.name,
+                "kind": plan.checkpoint.kind,
+                "files": _source_files(plan.checkpoint, files, hash_source=hash_source),
+                "left_out": dict(plan.checkpoint.left_out),
+            },
+            "components": {part.component.name: _component(part, errors) for part in plan.components},
+        }
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(HASH_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _source_files(
+    checkpoint: Checkpoint, outputs: Mapping[str, tuple[str, int]], *, hash_source: bool
+) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    for name in checkpoint.others:
+        entries[name] = _stat(checkpoint.root / name)
+        if hash_source:
+            entries[name]["sha256"] = outputs[name][0]  # it arrived unchanged
+    for component in checkpoint.components:
+        for path, header_sha256 in _component_files(component):
+            entry = _stat(path)
+            if header_sha256:
+                entry["header_sha256"] = header_sha256
+            if hash_source:
+                entry["sha256"] = file_sha256(path)
+            entries[component.relative(path.name)] = entry
+    return dict(sorted(entries.items()))
+
+
+def _component_files(component: Component) -> list[tuple[Path, str | None]]:
+    """The files that are not copied: shards (with their header's hash), index and config."""
+    small = [component.folder / name for name in (component.index_name, CONFIG_NAME) if name]
+    shards: list[tuple[Path, str | None]] = [(shard.path, shard.sha256) for shard in component.shards]
+    return shards + [(path, None) for path in small if component.config is not None or path.name != CONFIG_NAME]
+
+
+def _stat(path: Path) -> dict[str, Any]:
+    stat = path.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _component(part: ComponentPlan, errors: Mapping[tuple[str, str], LayerError]) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    for tensor in part.tensors():
+        decision = tensor.decision
+        entry: dict[str, Any] = {"action": decision.format.name if decision.format else "keep", "why": decision.reason}
+        if decision.format:
+            sqnr = errors[part.component.name, tensor.layer].sqnr_db
+            entry["sqnr_db"] = round(sqnr, 2) if math.isfinite(sqnr) else None
+        tensors[tensor.name] = entry
+    return {"class": part.component.class_name, "architecture": part.architecture, "tensors": tensors}

@@ -1,0 +1,269 @@
+"""The plan: what happens to every tensor, computed from headers alone. Everything later reads this one value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from omni_convert.converter.checkpoint import Checkpoint, Component
+from omni_convert.converter.recipe import Recipe, check_patterns
+from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
+from omni_convert.formats.base import Format
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.header import FLOAT_DTYPES, Header, StoredTensor, TensorSpec, aligned_order, encode_header
+
+_QUANTIZED_NAME = re.compile(
+    r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
+    r"wscales|weight_zero_point|quant_state|SCB|absmax)$"
+)
+_CODE_DTYPES = re.compile(r"^(I8|U8|F8_|F4|F6_)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to one tensor: quantized to ``format``, or kept (None), and why."""
+
+    format: Format | None
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    name: str
+    source: StoredTensor
+    decision: Decision
+
+    @property
+    def layer(self) -> str:
+        return self.name.removesuffix(".weight")
+
+    @cached_property
+    def outputs(self) -> dict[str, TensorSpec]:
+        """Name -> dtype and shape of every tensor that this one becomes."""
+        fmt = self.decision.format
+        if fmt is None:
+            return {self.name: self.source.spec}
+        return {f"{self.layer}.{suffix}": spec for suffix, spec in fmt.tensors(self.source.spec.shape).items()}
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for spec in self.outputs.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """One input shard and the output shard of the same name. ``layout`` is the order of the output's tensors."""
+
+    source: Header
+    tensors: tuple[TensorPlan, ...]
+    layout: Mapping[str, TensorSpec]
+    header: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.header) + sum(spec.nbytes for spec in self.layout.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentPlan:
+    component: Component
+    shards: tuple[ShardPlan, ...]
+    format: Format
+    ignored_layers: tuple[str, ...]
+    architecture: str | None
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        for shard in self.shards:
+            yield from shard.tensors
+
+    @property
+    def config_bytes(self) -> bytes:
+        """``config.json`` of the output: the source's keys in their order, then ``quantization_config``."""
+        config = dict(self.component.config or {})
+        config["quantization_config"] = self.format.config(self.ignored_layers)
+        return encode_json(config)
+
+    @property
+    def index_bytes(self) -> bytes | None:
+        """The index of the output, if the source has one."""
+        if self.component.index_name is None:
+            return None
+        total = sum(spec.nbytes for shard in self.shards for spec in shard.layout.values())
+        weight_map = {name: shard.source.path.name for shard in self.shards for name in shard.layout}
+        metadata = {**self.component.index_metadata, "total_size": total}
+        return encode_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    checkpoint: Checkpoint
+    recipe: Recipe
+    components: tuple[ComponentPlan, ...]
+
+    def tensors(self) -> Iterator[TensorPlan]:
+        for component in self.components:
+            yield from component.tensors()
+
+    @property
+    def bytes_before(self) -> int:
+        """Tensor bytes of the quantized components, as stored in the source."""
+        return sum(tensor.source.spec.nbytes for tensor in self.tensors())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(tensor.bytes_after for tensor in self.tensors())
+
+    @property
+    def bytes_copied(self) -> int:
+        """Bytes of the files that arrive unchanged."""
+        return sum(self.checkpoint.others.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per source weight in the quantized components, scales and kept tensors included."""
+        weights = sum(tensor.source.spec.numel for tensor in self.tensors())
+        return 8 * self.bytes_after / weights if weights else 0.0
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Decide every tensor.
+
+    Raises:
+        UsageError: an ignore pattern matches nothing or splits a fused group.
+        OmniConvertError: the source is quantized already, or nothing in it can be quantized.
+    """
+    for component in checkpoint.components:
+        _refuse_quantized(component)
+    engine_names = {name for c in checkpoint.components for name in _layer_names(c)}
+    check_patterns(recipe.ignore, sorted(engine_names))
+    plan = Plan(
+        checkpoint=checkpoint,
+        recipe=recipe,
+        components=tuple(_plan_component(component, recipe) for component in checkpoint.components),
+    )
+    for part in plan.components:
+        if not any(tensor.decision.format for tensor in part.tensors()):
+            where = part.component.name or checkpoint.root.name
+            raise OmniConvertError(
+                f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
+                + (" with these --ignore patterns. Ignore less." if recipe.ignore else ": it holds no linear weights.")
+            )
+    return plan
+
+
+def encode_json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _layer_names(component: Component) -> Iterator[str]:
+    """Checkpoint names of the weights, and the names that engines give to fused matrices."""
+    table = find_architecture(component.config or {})
+    for name, _, _ in component.tensors():
+        if name.endswith(".weight"):
+            yield name.removesuffix(".weight")
+            group = table.group(name.removesuffix(".weight")) if table else None
+            if group:
+                yield group[0]
+
+
+def _refuse_quantized(component: Component) -> None:
+    config = component.config or {}
+    remedy = "Convert the original BF16 checkpoint instead (the repository it was made from)."
+    for key in ("quantization_config", "compression_config"):
+        if config.get(key):
+            method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
+            raise OmniConvertError(
+                f"{component.folder / 'config.json'}: the source is already quantized ({key} says {method!r}), "
+                f"expected BF16, FP16 or FP32 weights. {remedy}"
+            )
+    for name, tensor, shard in component.tensors():
+        is_codes = name.endswith(".weight") and _CODE_DTYPES.match(tensor.spec.dtype)
+        if is_codes or _QUANTIZED_NAME.search(name):
+            raise OmniConvertError(
+                f"{shard.path}: the source is already quantized (tensor {name} holds {tensor.spec.dtype} "
+                f"{tensor.spec.shape}), expected BF16, FP16 or FP32 weights. {remedy}"
+            )
+
+
+def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
+    table = find_architecture(component.config or {})
+    shards = []
+    for header in component.shards:
+        tensors = tuple(
+            TensorPlan(name=name, source=tensor, decision=_decide(name, tensor.spec, table, recipe))
+            for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
+        )
+        layout = aligned_order({name: spec for tensor in tensors for name, spec in tensor.outputs.items()})
+        encoded = encode_header(layout, header.metadata or {"format": "pt"})
+        shards.append(ShardPlan(source=header, tensors=tensors, layout=layout, header=encoded))
+    all_tensors = [tensor for shard in shards for tensor in shard.tensors]
+    if table:
+        _check_groups(table, all_tensors)
+    return ComponentPlan(
+        component=component,
+        shards=tuple(shards),
+        format=recipe.format,
+        ignored_layers=_ignored_layers(all_tensors, table),
+        architecture=table.name if table else None,
+    )
+
+
+def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Recipe) -> Decision:
+    def keep(reason: str) -> Decision:
+        return Decision(format=None, reason=reason)
+
+    layer = name.removesuffix(".weight")
+    if not name.endswith(".weight"):
+        return keep("not a weight")
+    if spec.dtype not in FLOAT_DTYPES:
+        return keep(f"{spec.dtype} is not BF16, F16 or F32")
+    if len(spec.shape) != 2:
+        return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
+    role = table.role(layer) if table else guess_role(layer)
+    if not role.is_linear:
+        return keep(role.reason)
+    group = table.group(layer) if table else None
+    names = (layer, group[0]) if group else (layer,)
+    for pattern in recipe.ignore:
+        if any(pattern.matches(candidate) for candidate in names):
+            return keep(f"--ignore {pattern}")
+    refusal = recipe.format.refusal(spec.shape)
+    return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
+
+
+def _check_groups(table: Architecture, tensors: Sequence[TensorPlan]) -> None:
+    """Engines run a fused group as one matrix: all of it is quantized, or none."""
+    decided = {tensor.layer: tensor.decision.format for tensor in tensors if tensor.name.endswith(".weight")}
+    for layer, fmt in decided.items():
+        group = table.group(layer)
+        others = [member for member in group[1] if member in decided and decided[member] != fmt] if group else []
+        if group and fmt and others:
+            raise UsageError(
+                f"--ignore keeps {others[0]} but not {layer}. Engines fuse both into {group[0]}, which is quantized "
+                f"as a whole or not at all: ignore {group[0].rsplit('.', 1)[-1]}, or none of its parts."
+            )
+
+
+def _ignored_layers(tensors: Sequence[TensorPlan], table: Architecture | None) -> tuple[str, ...]:
+    """Every matrix that stays unquantized, by its checkpoint name and by the name of its fused group.
+
+    The config alone then tells a loader which linears to build quantized; names that match nothing do no harm.
+    """
+    names: set[str] = set()
+    for tensor in tensors:
+        if tensor.decision.format or len(tensor.source.spec.shape) != 2 or not tensor.name.endswith(".weight"):
+            continue
+        names.add(tensor.layer)
+        group = table.group(tensor.layer) if table else None
+        if group:
+            names.add(group[0])
+    return tuple(sorted(names, key=natural_key))
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,128 @@
+"""How a plan and a report look: as text for people, as data for scripts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from omni_convert.converter.convert import Report
+from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
+from omni_convert.converter.tables import format_bytes, format_table
+
+
+@dataclass
+class Group:
+    """Tensors that differ only in their numbers and share one decision."""
+
+    pattern: str
+    action: str
+    why: str
+    count: int = 0
+    weights: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def add(self, tensor: TensorPlan) -> None:
+        self.count += 1
+        self.weights += tensor.source.spec.numel
+        self.bytes_before += tensor.source.spec.nbytes
+        self.bytes_after += tensor.bytes_after
+
+
+def group_tensors(part: ComponentPlan) -> list[Group]:
+    """Groups of a component, quantized first, each in the order of the names."""
+    groups: dict[tuple[str, str, str], Group] = {}
+    for tensor in sorted(part.tensors(), key=lambda item: natural_key(item.name)):
+        fmt = tensor.decision.format
+        # What is no weight matrix is one line: biases and norms are many, small, and always kept.
+        matrix = tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor.layer) if matrix else "(biases, norms and other tensors)"
+        why = tensor.decision.reason if matrix else "not a weight matrix"
+        action = fmt.name if fmt else f"keep {tensor.source.spec.dtype}"
+        groups.setdefault((pattern, action, why), Group(pattern, action, why)).add(tensor)
+    return sorted(groups.values(), key=lambda group: group.action.startswith("keep"))
+
+
+def plan_text(plan: Plan, memory: int, disk: int) -> str:
+    """The plan as ``--dry-run`` prints it. ``memory`` and ``disk`` in bytes."""
+    blocks = []
+    for part in plan.components:
+        source = part.component
+        known = f"table for {part.architecture}" if part.architecture else "no table for this class: by name and shape"
+        rows = [["layers", "count", "action", "before", "after", "why"]]
+        for group in group_tensors(part):
+            sizes = (format_bytes(group.bytes_before), format_bytes(group.bytes_after))
+            rows.append([group.pattern, str(group.count), group.action, *sizes, group.why])
+        name = source.name or plan.checkpoint.root.name
+        title = f"{name}: {source.class_name}, {_plural(len(part.shards), 'shard')} ({known})"
+        blocks.append(f"{title}\n{format_table(rows, right=(1, 3, 4))}")
+    summary = [
+        ["quantized components", f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"],
+        ["bits per weight", f"{plan.bits_per_weight:.2f}"],
+        ["copied unchanged", f"{format_bytes(plan.bytes_copied)} in {_plural(len(plan.checkpoint.others), 'file')}"],
+        ["peak memory", f"{format_bytes(memory)} beyond Python and its libraries"],
+        ["disk needed", format_bytes(disk)],
+    ]
+    summary += [["left out", f"{name} ({why})"] for name, why in plan.checkpoint.left_out.items()]
+    blocks.append(format_table(summary, header=False))
+    return "\n\n".join(blocks)
+
+
+def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
+    """The plan as data: the same facts as ``plan_text``, and every tensor."""
+    return {
+        "recipe": plan.recipe.to_dict(),
+        "kind": plan.checkpoint.kind,
+        "components": [_component_dict(part) for part in plan.components],
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "bytes_copied": plan.bytes_copied,
+        "bits_per_weight": plan.bits_per_weight,
+        "peak_memory": memory,
+        "disk_needed": disk,
+        "copied": dict(plan.checkpoint.others),
+        "left_out": dict(plan.checkpoint.left_out),
+    }
+
+
+def report_text(report: Report) -> str:
+    """The table at the end of a conversion."""
+    rows = [
+        ["layers quantized", f"{report.layers} to {report.method}"],
+        ["size", f"{format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}"],
+        ["bits per weight", f"{report.bits_per_weight:.2f}"],
+        ["copied unchanged", format_bytes(report.bytes_copied)],
+        ["elapsed", f"{report.seconds:.2f} s ({report.gigabytes_per_second:.2f} GB/s read)"],
+        ["mean SQNR", f"{report.mean_sqnr_db:.2f} dB"],
+    ]
+    for place, (layer, value) in enumerate(report.worst()):
+        rows.append(["worst SQNR" if place == 0 else "", f"{value:.2f} dB  {layer}"])
+    rows.append(["written to", str(report.out)])
+    return format_table(rows, header=False)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _component_dict(part: ComponentPlan) -> dict[str, Any]:
+    return {
+        "name": part.component.name,
+        "class": part.component.class_name,
+        "architecture": part.architecture,
+        "shards": [shard.source.path.name for shard in part.shards],
+        "ignored_layers": list(part.ignored_layers),
+        "groups": [vars(group) for group in group_tensors(part)],
+        "tensors": {
+            tensor.name: {
+                "action": tensor.decision.format.name if tensor.decision.format else "keep",
+                "why": tensor.decision.reason,
+                "dtype": tensor.source.spec.dtype,
+                "shape": list(tensor.source.spec.shape),
+                "bytes_before": tensor.source.spec.nbytes,
+                "bytes_after": tensor.bytes_after,
+            }
+            for tensor in part.tensors()
+        },
+    }

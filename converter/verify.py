@@ -1,0 +1,281 @@
+"""Check a converted checkpoint: files against the manifest, tensors against the format, errors against the source.
+
+It shares no code with the writer beyond the header reader and the format's contract.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.checkpoint import (
+    INDEX_NAMES,
+    MANIFEST_NAME,
+    MARKER_NAME,
+    Component,
+    open_component,
+)
+from omni_convert.converter.compare import LayerComparison, compare_component
+from omni_convert.converter.files import read_json
+from omni_convert.converter.inspect import quantized_layers
+from omni_convert.converter.manifest import file_sha256
+from omni_convert.converter.tables import format_table
+from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.header import FLOAT_DTYPES
+
+
+@dataclass(frozen=True)
+class Check:
+    """One property, and every way in which it does not hold."""
+
+    name: str
+    checked: str
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+@dataclass(kw_only=True)
+class Verification:
+    """The result of ``verify``."""
+
+    path: str
+    checks: list[Check] = field(default_factory=list)
+    layers: list[LayerComparison] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(check.ok for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        checks = [asdict(check) | {"ok": check.ok} for check in self.checks]
+        return {"path": self.path, "ok": self.ok, "checks": checks, "layers": [item.to_dict() for item in self.layers]}
+
+    def to_text(self) -> str:
+        rows = [["check", "result", "checked"]]
+        rows += [[check.name, "ok" if check.ok else "FAILED", check.checked] for check in self.checks]
+        lines = [format_table(rows)]
+        for check in self.checks:
+            lines += [f"  {check.name}: {problem}" for problem in check.problems[:10]]
+            if len(check.problems) > 10:
+                lines.append(f"  {check.name}: ... and {len(check.problems) - 10} more (--json lists all)")
+        if self.layers:
+            worst = sorted(self.layers, key=lambda item: item.sqnr_db)[:3]
+            mean = sum(item.sqnr_db for item in self.layers) / len(self.layers)
+            lines.append(f"mean SQNR {mean:.2f} dB over {len(self.layers)} layers; worst:")
+            lines += [f"  {item.sqnr_db:.2f} dB  {item.layer}" for item in worst]
+        lines.append(f"{self.path}: {'verified' if self.ok else 'NOT what it should be'}")
+        return "\n".join(lines)
+
+
+def verify(
+    out: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, progress: bool = False
+) -> Verification:
+    """Check the converted checkpoint ``out``, and with ``source`` also what quantization did to every layer.
+
+    Raises:
+        OmniConvertError: ``out`` is not a finished conversion, or cannot be read at all.
+    """
+    root = Path(os.path.abspath(out))
+    manifest = _read_manifest(root)
+    result = Verification(path=str(root))
+    result.checks.append(_check_files(root, manifest["files"], progress))
+    components = {name: open_component(root, name) for name in manifest["components"]}
+    for name, component in components.items():
+        entry = manifest["components"][name]
+        result.checks += _check_component(component, entry["tensors"], _title(name, component))
+    if source is not None:
+        original = Path(os.path.abspath(source))
+        result.checks.append(_check_source(original, manifest["source"]))
+        if result.ok:
+            for name, component in components.items():
+                _compare(result, original, component, name)
+    return result
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
+    if (root / MARKER_NAME).exists():
+        raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
+    if not (root / MANIFEST_NAME).is_file():
+        raise OmniConvertError(
+            f"{root}: found no {MANIFEST_NAME}, expected a folder written by omni-convert. "
+            "To look at any checkpoint use: omni-convert inspect."
+        )
+    manifest = read_json(root / MANIFEST_NAME)
+    if not _is_manifest(manifest):
+        raise OmniConvertError(f"{root / MANIFEST_NAME}: is not a manifest of omni-convert, or damaged. Convert again.")
+    return manifest
+
+
+def _is_manifest(data: Mapping[str, Any]) -> bool:
+    """Whether everything that ``verify`` reads has the right kind."""
+
+    def entries(value: object, *required: str) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(entry, dict) and all(key in entry for key in required) for entry in value.values()
+        )
+
+    source, components = data.get("source"), data.get("components")
+    return (
+        entries(data.get("files"), "size", "sha256")
+        and isinstance(source, dict)
+        and entries(source.get("files"), "size")
+        and isinstance(components, dict)
+        and entries(components, "tensors")
+        and all(entries(component["tensors"], "action", "why") for component in components.values())
+    )
+
+
+def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], progress: bool) -> Check:
+    from tqdm import tqdm
+
+    total = sum(int(entry["size"]) for entry in files.values())
+    problems: list[str] = []
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None if progress else True) as bar,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+        tasks = {name: pool.submit(_file_problem, root / name, entry, bar.update) for name, entry in files.items()}
+        for name, task in tasks.items():
+            if problem := task.result():
+                problems.append(f"{name}: {problem}")
+    problems += [f"{name}: holds weights that the manifest does not list." for name in _stray_weights(root, files)]
+    return Check("files", f"{len(files)} files by size and sha256", tuple(problems))
+
+
+def _stray_weights(root: Path, files: Mapping[str, Any]) -> list[str]:
+    """Safetensors files beside converted ones: engines that read a folder without an index would load both."""
+    folders = {(root / name).parent for name in files if name.endswith(".safetensors")}
+    found = sorted(path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*.safetensors"))
+    return [name for name in found if name not in files]
+
+
+def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], object]) -> str | None:
+    if not path.is_file():
+        return "is missing. Copy it again or convert again."
+    size = path.stat().st_size
+    if size != entry["size"]:
+        return f"has {size} bytes, expected {entry['size']}. Copy it again or convert again."
+    digest = file_sha256(path)
+    update(size)
+    return None if digest == entry["sha256"] else "its sha256 differs: the content changed. Convert again."
+
+
+def _check_component(component: Component, decisions: Mapping[str, Any], title: str) -> list[Check]:
+    raw = (component.config or {}).get("quantization_config") or {}
+    try:
+        config = parse_config(raw, f"{component.relative('config.json')}: quantization_config")
+    except OmniConvertError as error:
+        return [Check(f"{title} config", "quantization_config", (str(error),))]
+    structure = (*_structure_problems(component, config, decisions), *_index_problems(component))
+    return [
+        Check(f"{title} config", f"{config.format.name}, {len(config.ignored_layers)} ignored layers", ()),
+        Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", structure),
+        _check_scales(component, config, title),
+    ]
+
+
+def _structure_problems(component: Component, config: QuantizationConfig, decisions: Mapping[str, Any]) -> list[str]:
+    """Tensors against the format's contract, the config's ignored layers and the manifest's decisions."""
+    fmt = config.format
+    specs = {name: tensor.spec for name, tensor, _ in component.tensors()}
+    quantized = quantized_layers(component, tuple(fmt.suffixes))
+    ignored = set(config.ignored_layers)
+    problems: list[str] = []
+    expected = set(decisions)
+    for name, decision in decisions.items():
+        layer = name.removesuffix(".weight")
+        if decision["action"] == "keep":
+            if name in specs and layer in quantized:
+                problems.append(f"{name}: is quantized, expected it kept ({decision['why']}).")
+            continue
+        names = {f"{layer}.{suffix}" for suffix in fmt.suffixes}
+        expected |= names
+        if missing := names - specs.keys():
+            problems.append(f"{layer}: lacks {', '.join(sorted(missing))}.")
+            continue
+        for suffix, spec in fmt.tensors(specs[name].shape).items():
+            if specs[f"{layer}.{suffix}"] != spec:
+                problems.append(f"{layer}.{suffix}: is {specs[f'{layer}.{suffix}']}, expected {spec}.")
+        if layer in ignored:
+            problems.append(f"{layer}: is quantized, but the config ignores it.")
+    problems += [f"{name}: is missing." for name in sorted(expected - specs.keys())]
+    problems += [f"{name}: is not in the manifest." for name in sorted(specs.keys() - expected)]
+    for name, spec in specs.items():
+        layer = name.removesuffix(".weight")
+        matrix = name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOAT_DTYPES
+        if matrix and layer not in quantized and layer not in ignored:
+            problems.append(f"{layer}: is unquantized, but the config does not ignore it.")
+    return problems
+
+
+def _index_problems(component: Component) -> list[str]:
+    """``total_size`` and completeness of the index (that its names exist was checked when it was opened)."""
+    found = [name for name in INDEX_NAMES if (component.folder / name).is_file()]
+    if not found:
+        return []
+    index = read_json(component.folder / found[0])
+    names = {name for name, _, _ in component.tensors()}
+    total = sum(tensor.spec.nbytes for _, tensor, _ in component.tensors())
+    problems = [f"{found[0]}: does not list {name}." for name in sorted(names - index["weight_map"].keys())]
+    if index.get("metadata", {}).get("total_size") != total:
+        problems.append(f"{found[0]}: total_size is {index['metadata'].get('total_size')}, expected {total}.")
+    return problems
+
+
+def _check_scales(component: Component, config: QuantizationConfig, title: str) -> Check:
+    import numpy as np
+
+    problems: list[str] = []
+    count = 0
+    for name, tensor, shard in component.tensors():
+        if tensor.spec.dtype != "F32" or not name.endswith(".weight_scale"):
+            continue
+        count += 1
+        scale = np.fromfile(shard.path, "<f4", tensor.spec.numel, offset=tensor.start)
+        bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
+        if bad.size:
+            problems.append(f"{name}: row {bad[0]} holds {scale[bad[0]]}, expected a finite positive scale.")
+    return Check(f"{title} scales", f"{count} {config.format.name} scales, finite and positive", tuple(problems))
+
+
+def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
+    """Whether ``root`` is the source that the manifest names: sizes and headers of every weight file."""
+    from omni_convert.formats.header import read_header
+
+    base = root.parent if root.is_file() else root
+    problems: list[str] = []
+    for name, entry in recorded["files"].items():
+        path = base / name
+        if not path.is_file():
+            problems.append(f"{name}: is not in the source {root}.")
+        elif path.stat().st_size != entry["size"]:
+            problems.append(f"{name}: has {path.stat().st_size} bytes in the source, {entry['size']} when converted.")
+        elif "header_sha256" in entry and read_header(path).sha256 != entry["header_sha256"]:
+            problems.append(f"{name}: its header differs from the one that was converted.")
+    return Check("source", f"{len(recorded['files'])} files by size, weights by header", tuple(problems))
+
+
+def _compare(result: Verification, original: Path, component: Component, name: str) -> None:
+    from omni_convert.converter.checkpoint import open_checkpoint
+
+    names = () if component.name == "" else (component.name,)
+    (source,) = open_checkpoint(original, names).components
+    config = parse_config((component.config or {})["quantization_config"])
+    layers, problems = compare_component(source, component, config.format)
+    title = _title(name, component)
+    result.layers += layers
+    result.checks.append(
+        Check(f"{title} values", f"{len(layers)} layers dequantized, the rest compared", tuple(problems))
+    )
+
+
+def _title(name: str, component: Component) -> str:
+    return name or component.class_name

@@ -1,0 +1,34 @@
+"""Stored bits as NumPy sees them: BF16 has no NumPy dtype, so weights travel as unsigned integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4"),
+}  # fmt: skip
+"""The unsigned integer that carries a float dtype of a source weight."""
+
+OUTPUT_DTYPE: Mapping[str, np.dtype[Any]] = {
+    "I8": np.dtype("i1"), "U8": np.dtype("u1"), "F8_E4M3": np.dtype("u1"), "F32": np.dtype("<f4"),
+}  # fmt: skip
+"""How the tensors that formats write are held in NumPy (FP8 as its bytes)."""
+
+
+def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """The values of stored ``bits`` (any shape) of safetensors dtype BF16, F16 or F32, exactly."""
+    if dtype == "BF16":
+        wide: NDArray[np.uint32] = bits.astype(np.uint32) << np.uint32(16)
+        return wide.view(np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float32)
+
+
+def first_nonfinite(bits: NDArray[Any], dtype: str) -> int:
+    """Position of the first NaN or Inf of a row of stored bits that holds one."""
+    return int(np.argmin(np.isfinite(to_float32(bits, dtype))))

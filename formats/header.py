@@ -1,0 +1,232 @@
+"""Safetensors headers: a strict reader that trusts no byte of the file, and the writer's layout.
+
+File: 8 bytes little-endian length ``n`` | ``n`` bytes of JSON | tensor data. Every JSON entry is
+``name: {"dtype", "shape", "data_offsets": [begin, end]}`` with offsets relative to the data; the data has
+neither gaps nor overlaps. Source: the format section of the safetensors README.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from omni_convert.formats.errors import OmniConvertError
+
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+ALIGNMENT = 8
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOAT_DTYPES = frozenset({"BF16", "F16", "F32"})
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor is on disk: a safetensors dtype name and a shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor inside a file; ``start`` is its absolute byte offset."""
+
+    spec: TensorSpec
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The parsed header of one safetensors file. ``sha256`` covers the length field and the JSON."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    file_size: int
+    sha256: str
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of ``path``; the tensor data is not touched.
+
+    Raises:
+        OmniConvertError: the file is not a well-formed safetensors file; names the file and the tensor.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            prefix = file.read(8)
+            raw = _read_json_bytes(path, file, prefix, size)
+    except OSError as error:
+        raise OmniConvertError(
+            f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+    entries, metadata = _parse_json(path, raw)
+    data_start = 8 + len(raw)
+    tensors = {
+        name: StoredTensor(spec=spec, start=data_start + begin)
+        for name, (spec, begin) in _check_entries(path, entries, size - data_start).items()
+    }
+    return Header(
+        path=path,
+        tensors=tensors,
+        metadata=metadata,
+        file_size=size,
+        sha256=hashlib.sha256(prefix + raw).hexdigest(),
+    )
+
+
+def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Length field and JSON for ``tensors`` laid out in the given order, padded with spaces to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begin = 0
+    for name, spec in tensors.items():
+        end = begin + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+        begin = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % ALIGNMENT)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise OmniConvertError(
+            f"the header of a shard with {len(tensors)} tensors takes {len(raw)} bytes; safetensors allows "
+            f"{MAX_HEADER_BYTES}. Split the source into more shards."
+        )
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def aligned_order(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """``tensors`` in an order that keeps every tensor aligned to its own element size.
+
+    Sizes that are a multiple of 8 bytes keep their order (so a weight and its scale stay neighbours and a file
+    can be written and hashed front to back); the rest follow, widest element first.
+    """
+    odd = {name: spec for name, spec in tensors.items() if spec.nbytes % ALIGNMENT}
+    tail = sorted(odd.items(), key=lambda item: -DTYPE_BITS[item[1].dtype])
+    return {name: spec for name, spec in tensors.items() if name not in odd} | dict(tail)
+
+
+def _read_json_bytes(path: Path, file: BinaryIO, prefix: bytes, size: int) -> bytes:
+    if len(prefix) < 8:
+        raise OmniConvertError(
+            f"{path}: found {size} bytes, expected at least 8 (the header length). "
+            "The file is truncated: download it again."
+        )
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES or length < 2:
+        raise OmniConvertError(
+            f"{path}: its first 8 bytes claim a header of {length} bytes, expected 2 to {MAX_HEADER_BYTES}. "
+            "This is not a safetensors file, or it is damaged: download it again."
+        )
+    if length > size - 8:
+        raise OmniConvertError(
+            f"{path}: the header claims {length} bytes but only {size - 8} follow. "
+            "The file is truncated: download it again."
+        )
+    raw = file.read(length)
+    if len(raw) != length:
+        raise OmniConvertError(f"{path}: changed while it was read. Wait until it is written, then run again.")
+    return raw
+
+
+def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"the name {_short(name)} appears twice")
+        return found
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise OmniConvertError(
+            f"{path}: the header is not valid JSON ({str(error)[:200]}). The file is damaged: download it again."
+        ) from error
+    if not isinstance(entries, dict):
+        raise OmniConvertError(f"{path}: the header is a JSON {type(entries).__name__}, expected an object.")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise OmniConvertError(
+            f"{path}: __metadata__ must map names to strings. Write the file again with safetensors."
+        )
+    return entries, metadata
+
+
+def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> dict[str, tuple[TensorSpec, int]]:
+    parsed = {name: _check_entry(path, name, entry, data_size) for name, entry in entries.items()}
+    end = 0
+    for name, (spec, begin) in sorted(parsed.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+        if begin != end:
+            kind = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
+            raise OmniConvertError(
+                f"{path}: tensor {_short(name)} starts at byte {begin} of the data, expected {end}: it {kind}. "
+                "The file is damaged: download it again."
+            )
+        end = begin + spec.nbytes
+    if end != data_size:
+        raise OmniConvertError(
+            f"{path}: the tensors end at byte {end} of the data, but the data has {data_size} bytes. "
+            f"The file is {'truncated' if end > data_size else 'damaged'}: download it again."
+        )
+    return parsed
+
+
+def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int]:
+    def bad(found: object, expected: str) -> OmniConvertError:
+        return OmniConvertError(
+            f"{path}: tensor {_short(name)} has {_short(found)}, expected {expected}. "
+            "The file is damaged: download it again."
+        )
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise bad(entry, "an object with dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise bad(f"dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
+    if not isinstance(shape, list) or len(shape) > 64 or not _natural(shape):
+        raise bad(f"shape {shape!r}", "a list of at most 64 non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _natural(offsets):
+        raise bad(f"data_offsets {offsets!r}", "two non-negative integers")
+    begin, end = offsets
+    if end > data_size:
+        raise OmniConvertError(
+            f"{path}: tensor {_short(name)} ends at byte {end} of the data, but the data has {data_size} bytes. "
+            "The file is truncated or damaged: download it again."
+        )
+    spec = TensorSpec(dtype, tuple(shape))
+    bits = spec.numel * DTYPE_BITS[dtype]
+    if bits % 8 or end - begin != bits // 8:
+        raise bad(f"data_offsets {offsets!r}", f"{bits / 8:g} bytes for {dtype} {tuple(shape)}")
+    return spec, begin
+
+
+def _natural(values: Iterable[object]) -> bool:
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _short(value: object, limit: int = 120) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("unicode_escape", "replace").decode("ascii")
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

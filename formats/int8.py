@@ -1,0 +1,90 @@
+"""INT8, one scale per output channel, dynamic activations (W8A8).
+
+| suffix       | dtype   | shape  | meaning                                        |
+|--------------|---------|--------|------------------------------------------------|
+| weight       | int8    | (N, K) | codes, symmetric, in [-127, 127]               |
+| weight_scale | float32 | (N, 1) | w = weight * weight_scale                      |
+
+scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. A row of zeros (or one so
+small that its scale underflows) gets scale 1.0 and codes 0. Activations are quantized at run time, symmetric,
+one scale per token; no tensor is stored for them. The bias stays as it is.
+
+    {"quant_method": "int8", "is_checkpoint_int8_serialized": true, "activation_scheme": "dynamic",
+     "ignored_layers": [...]}
+
+No other key: vLLM-Omni passes them to a constructor. It loads this natively (CUDA sm_80+, Ascend NPU); Diffusers
+and Transformers load it after ``import omni_convert``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omni_convert.formats.base import NonFinite
+from omni_convert.formats.bits import first_nonfinite
+from omni_convert.formats.header import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+QMAX = 127.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8:
+    """INT8 with one float32 scale per output channel."""
+
+    name: ClassVar[str] = "int8"
+    serialized_flag: ClassVar[str] = "is_checkpoint_int8_serialized"
+    suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"int8 needs a 2-D weight, this one has {len(shape)} dimensions"
+        return "the weight is empty" if 0 in shape else None
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (shape[0], 1))}
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        w = weight.to(torch.float32)
+        scale = w.abs().amax(dim=1, keepdim=True) / QMAX
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = (w / scale).clamp_(-QMAX, QMAX).round_().to(torch.int8)
+        return {"weight": codes, "weight_scale": scale}
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        return tensors["weight"].to(torch.float32) * tensors["weight_scale"]
+
+    def quantize_rows(
+        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+    ) -> NonFinite | None:
+        from omni_convert.formats import kernels
+
+        row = kernels.int8_rows(bits, dtype, out["weight"], out["weight_scale"], power)
+        return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
+
+    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        import numpy as np
+
+        values: NDArray[np.float32] = tensors["weight"].astype(np.float32) * tensors["weight_scale"]
+        return values
+
+    def step(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        return tensors["weight_scale"]
+
+    def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": self.name,
+            self.serialized_flag: True,
+            "activation_scheme": "dynamic",
+            "ignored_layers": list(ignored_layers),
+        }

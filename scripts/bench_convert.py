@@ -1,0 +1,189 @@
+"""Measure a conversion beside `cp -r` and beside the naive torch expression, in one run.
+
+    python scripts/bench_convert.py --gigabytes 4 --runs 5
+
+Writes a BF16 checkpoint of Qwen-Image block shapes (hidden 3072, MLP 12288), reads it once so that it is in the page
+cache, then alternates conversion and copy. Every run is a new process, so start-up, imports and hashing count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HIDDEN, MLP = 3072, 12288
+BLOCK = {
+    **{f"attn.{name}": (HIDDEN, HIDDEN) for name in ("to_q", "to_k", "to_v", "to_out.0")},
+    **{f"attn.{name}": (HIDDEN, HIDDEN) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
+    **{f"{mlp}.net.0.proj": (MLP, HIDDEN) for mlp in ("img_mlp", "txt_mlp")},
+    **{f"{mlp}.net.2": (HIDDEN, MLP) for mlp in ("img_mlp", "txt_mlp")},
+}
+SHARD_BYTES = 10**9
+
+
+def write_checkpoint(folder: Path, gigabytes: float) -> int:
+    """A Qwen-Image transformer folder of about that many bytes in shards of about 1 GB; returns its weight bytes."""
+    import torch
+    from safetensors.torch import save_file
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        generator = torch.Generator().manual_seed(0)
+        pool = torch.randn(MLP * HIDDEN + 4096, generator=generator).to(torch.bfloat16)
+        for block in range(10**6):
+            for layer, shape in BLOCK.items():
+                start = torch.randint(4096, (1,), generator=generator).item()
+                weight = pool[start : start + shape[0] * shape[1]].view(shape).clone()
+                yield f"transformer_blocks.{block}.{layer}.weight", weight
+
+    folder.mkdir(parents=True)
+    shards: list[list[str]] = []
+    pending: dict[str, Any] = {}
+    total = size = 0
+    for name, tensor in tensors():
+        pending[name] = tensor
+        size += tensor.nbytes
+        total += tensor.nbytes
+        if size >= SHARD_BYTES or total >= gigabytes * 1e9:
+            save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
+            shards.append(list(pending))
+            pending, size = {}, 0
+        if total >= gigabytes * 1e9:
+            break
+    weight_map = {}
+    for number, names in enumerate(shards):
+        final = f"diffusion_pytorch_model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{number}.safetensors").rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel"}))
+    return total
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Wall and CPU seconds of a command, and the peak of its anonymous memory (page cache not counted) in MiB."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = [0]
+    stop = threading.Event()
+
+    def sample() -> None:
+        status = Path(f"/proc/{process.pid}/status")
+        while not stop.wait(0.005):
+            try:
+                line = next((row for row in status.read_text().splitlines() if row.startswith("RssAnon")), "x 0")
+            except OSError:
+                return
+            peak[0] = max(peak[0], int(line.split()[1]))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    stop.set()
+    sampler.join()
+    if status:
+        raise SystemExit(f"{command[0]} failed with status {status}")
+    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss": peak[0] / 1024}
+
+
+def naive_ratio(folder: Path, method: str) -> tuple[float, float]:
+    """GB/s of the compiled kernel and of the naive torch expression on the first shard's weights, one thread."""
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+
+    from omni_convert.formats import FORMATS
+
+    torch.set_num_threads(1)
+    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
+        weights = [file.get_tensor(name).clone() for name in list(file.keys())[:8]]
+    total = sum(weight.nbytes for weight in weights)
+
+    def naive() -> None:
+        for w in weights:
+            s = w.float().abs().amax(dim=1, keepdim=True) / 127
+            (w.float() / s).round().clamp(-127, 127).to(torch.int8)
+
+    arrays = [
+        (
+            weight.view(torch.uint16).numpy(),
+            {"weight": np.empty(weight.shape, np.int8), "weight_scale": np.empty((len(weight), 1), np.float32)},
+            np.empty((len(weight), 2)),
+        )
+        for weight in weights
+    ]
+
+    def ours() -> None:
+        for bits, out, power in arrays:
+            FORMATS[method].quantize_rows(bits, "BF16", out, power)
+
+    rates = []
+    for function in (ours, naive):
+        function()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - started)
+        rates.append(total / statistics.median(times) / 1e9)
+    return rates[0], rates[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--method", default="int8")
+    parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
+    arguments = parser.parse_args()
+    work = Path(tempfile.mkdtemp(dir=arguments.folder))
+    try:
+        measure(work, arguments.gigabytes, arguments.runs, arguments.method)
+    finally:
+        shutil.rmtree(work)
+
+
+def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
+    model, out, copy = work / "model", work / "out", work / "copy"
+    total = write_checkpoint(model, gigabytes)
+    os.sync()
+    script = Path(sys.executable).with_name("omni-convert")
+    convert = [str(script), "--method", method, str(model), str(out)]
+    results: dict[str, list[dict[str, float]]] = {"convert": [], "cp -r": []}
+    for number in range(runs + 1):
+        for name, command, target in (("convert", convert, out), ("cp -r", ["cp", "-r", str(model), str(copy)], copy)):
+            figures = run(command)
+            shutil.rmtree(target)
+            if number:  # the first round warms the page cache and the kernel cache
+                results[name].append(figures)
+    startup = run([sys.executable, "-c", "import omni_convert.converter.execute, omni_convert.formats.kernels"])
+    print(f"{total / 1e9:.2f} GB BF16 -> {method}, {os.cpu_count()} processors, median of {runs} alternating runs\n")
+    print(f"{'':10}{'wall s':>8}{'GB/s':>8}{'CPU s':>8}{'peak RSS MiB':>14}{'of cp':>8}")
+    median = {
+        name: {key: statistics.median(item[key] for item in items) for key in items[0]}
+        for name, items in results.items()
+    }
+    ratio = statistics.median(a["wall"] / b["wall"] for a, b in zip(results["convert"], results["cp -r"], strict=True))
+    for name, figures in median.items():
+        share = f"{ratio:.2f}" if name == "convert" else "1.00"
+        rate = total / figures["wall"] / 1e9
+        print(f"{name:10}{figures['wall']:8.2f}{rate:8.2f}{figures['cpu']:8.2f}{figures['rss']:14.0f}{share:>8}")
+    print(f"\npeak RSS beyond the imports: {median['convert']['rss'] - startup['rss']:.0f} MiB")
+    ours, naive = naive_ratio(model, method)
+    print(f"kernel, one thread: {ours:.1f} GB/s; naive torch expression: {naive:.2f} GB/s; ratio {ours / naive:.0f}x")
+
+
+if __name__ == "__main__":
+    main()
