@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
 from omni_convert.formats import FORMATS
@@ -37,6 +38,10 @@ class _DefaultGroup(click.Group):
         if args and args[0] not in self.commands and args[0] not in own:
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        bare = self.commands[self.default]
+        return super().shell_complete(ctx, incomplete) + bare.shell_complete(click.Context(bare), incomplete)
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage("omni-convert", "[OPTIONS] MODEL OUT")

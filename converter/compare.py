@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omni_convert.converter.checkpoint import Component
+from omni_convert.converter.files import processors
 from omni_convert.formats.base import Format
 from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, to_float32
 from omni_convert.formats.header import Header, StoredTensor
@@ -37,7 +37,7 @@ def compare_component(source: Component, out: Component, fmt: Format) -> tuple[l
     """Every layer's error, and every tensor that is not what the source makes it."""
     stored = {name: (tensor, shard) for name, tensor, shard in out.tensors()}
     originals = source.tensors()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         tasks = [pool.submit(_compare_tensor, *original, stored, fmt) for original in originals]
         results = [task.result() for task in tasks]
     layers = [result for result in results if isinstance(result, LayerComparison)]

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_convert.converter.checkpoint import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, open_checkpoint
+from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, job_identity, total_size
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Pattern, Recipe
+from omni_convert.formats.errors import OmniConvertError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,13 +126,19 @@ def run(
         plan, out, job_identity(plan.checkpoint, plan.recipe.to_dict(), __version__), overwrite=overwrite
     )
     folder.check(linked=link)
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or processors()
     try:
         folder.take()
         total = plan.bytes_before + plan.bytes_copied
         with _progress_bar(total, show=progress) as advance:
             outcome = execute(plan, folder.path, folder.copies, threads=workers, link=link, progress=advance)
         _seal(plan, folder, outcome, hash_source=hash_source)
+    except OSError as error:
+        folder.give_back()
+        raise OmniConvertError(
+            f"{error.filename or folder.path}: cannot be written ({error.strerror}). "
+            "Check the folder, its rights and the free space, then run again."
+        ) from error
     except BaseException:
         folder.give_back()
         raise
@@ -141,7 +149,7 @@ def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
     """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``."""
     from omni_convert.converter.execute import buffer_bytes, scale_bytes
 
-    workers = threads or len(os.sched_getaffinity(0))
+    workers = threads or processors()
     shards = sum(shard.size for part in plan.components for shard in part.shards)
     memory = workers * buffer_bytes(plan) + (workers + 1) * scale_bytes(plan)
     return memory, shards + (0 if link else plan.bytes_copied)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ _ALTERNATIVE = re.compile(
     r"(safetensors|bin|pt|pth|ckpt|(safetensors|bin)\.index(\.\w+)?\.json)$"
     r"|^(tf_model\.h5|flax_model\.msgpack|rust_model\.ot)$"
 )
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_pickle(file_name: str) -> bool:

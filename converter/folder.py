@@ -79,6 +79,8 @@ class OutputFolder:
 
     def give_back(self) -> None:
         """Remove everything of this run: the folder is as empty as before."""
+        if not self.path.is_dir():
+            return
         for name in (*reversed(self.seals), *self.files):
             (self.path / name).unlink(missing_ok=True)
             (self.path / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +35,13 @@ class Group:
 def group_tensors(part: ComponentPlan) -> list[Group]:
     """Groups of a component, quantized first, each in the order of the names."""
     groups: dict[tuple[str, str, str], Group] = {}
-    for tensor in sorted(part.tensors(), key=lambda item: natural_key(item.name)):
+    tensors = sorted(part.tensors(), key=lambda item: natural_key(item.name))
+    patterns = _layer_patterns({tensor.layer for tensor in tensors})
+    for tensor in tensors:
         fmt = tensor.decision.format
         # What is no weight matrix is one line: biases and norms are many, small, and always kept.
         matrix = tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1
-        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor.layer) if matrix else "(biases, norms and other tensors)"
+        pattern = patterns[tensor.layer] if matrix else "(biases, norms and other tensors)"
         why = tensor.decision.reason if matrix else "not a weight matrix"
         action = fmt.name if fmt else f"keep {tensor.source.spec.dtype}"
         groups.setdefault((pattern, action, why), Group(pattern, action, why)).add(tensor)
@@ -100,6 +104,23 @@ def report_text(report: Report) -> str:
         rows.append(["worst SQNR" if place == 0 else "", f"{value:.2f} dB  {layer}"])
     rows.append(["written to", str(report.out)])
     return format_table(rows, header=False)
+
+
+def _layer_patterns(layers: Collection[str]) -> dict[str, str]:
+    """Every layer's name with ``*`` for the numbers that vary between layers of the same shape of name."""
+    values: dict[tuple[str, int], set[str]] = defaultdict(set)
+    parts = {layer: re.split(r"(?<![^.])(\d+)(?![^.])", layer) for layer in layers}  # odd places hold numbers
+    skeletons = {layer: "*".join(split[::2]) for layer, split in parts.items()}
+    for layer, split in parts.items():
+        for place in range(1, len(split), 2):
+            values[skeletons[layer], place].add(split[place])
+    return {
+        layer: "".join(
+            "*" if place % 2 and len(values[skeletons[layer], place]) > 1 else piece
+            for place, piece in enumerate(split)
+        )
+        for layer, split in parts.items()
+    }
 
 
 def _plural(count: int, noun: str) -> str:

@@ -20,7 +20,7 @@ from omni_convert.converter.checkpoint import (
     open_component,
 )
 from omni_convert.converter.compare import LayerComparison, compare_component
-from omni_convert.converter.files import read_json
+from omni_convert.converter.files import processors, read_json
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.tables import format_table
@@ -140,7 +140,7 @@ def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], progress: b
     problems: list[str] = []
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None if progress else True) as bar,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(processors()) as pool,
     ):
         tasks = {name: pool.submit(_file_problem, root / name, entry, bar.update) for name, entry in files.items()}
         for name, task in tasks.items():

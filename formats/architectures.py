@@ -46,7 +46,7 @@ class Architecture:
     def role(self, layer: str) -> Role:
         if self._pattern.fullmatch(layer):
             return Role(True, f"linear of {self.name}")
-        return Role(False, f"{self.name} runs it unquantized")
+        return Role(False, f"not a quantizable linear of {self.name}")
 
     def group(self, layer: str) -> tuple[str, tuple[str, ...]] | None:
         """Engine name and member layers of the fused matrix that ``layer`` is part of."""
