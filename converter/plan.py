@@ -223,7 +223,7 @@ def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Rec
         return keep(f"{spec.dtype} is not BF16, F16 or F32")
     if len(spec.shape) != 2:
         return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
-    role = table.role(layer) if table else guess_role(layer)
+    role = table.role(layer, recipe.method) if table else guess_role(layer)
     if not role.is_linear:
         return keep(role.reason)
     group = table.group(layer) if table else None

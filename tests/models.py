@@ -1,0 +1,10 @@
+"""Small checkpoints in real layouts, shared with the quickstart: defined once, in ``scripts/demo_models.py``."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+from demo_models import SENTENCES, embed, load_bf16, minilm_path, write_qwen_image, write_z_image
+
+__all__ = ["SENTENCES", "embed", "load_bf16", "minilm_path", "write_qwen_image", "write_z_image"]
