@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omni_convert.formats.base import NonFinite
-from omni_convert.formats.bits import first_nonfinite
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -68,6 +67,7 @@ class Int8:
         self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
     ) -> NonFinite | None:
         from omni_convert.formats import kernels
+        from omni_convert.formats.bits import first_nonfinite
 
         row = kernels.int8_rows(bits, dtype, out["weight"], out["weight_scale"], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))

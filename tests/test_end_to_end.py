@@ -14,7 +14,9 @@ from models import SENTENCES, embed, load_bf16
 
 import omni_convert
 
-PIPELINES = ["qwen_image", "z_image"]
+# Steps, and the cosine to the BF16 picture. Random weights amplify every difference from step to step: Z-Image's BF16
+# picture has a cosine of 0.997 to its own float32 picture after one step, 0.94 after two. Qwen-Image needs two.
+PIPELINES = {"qwen_image": (2, 0.995), "z_image": (1, 0.96)}
 COMMAND = Path(sys.executable).with_name("omni-convert")
 
 
@@ -65,10 +67,11 @@ def test_minilm_on_a_single_word_is_still_close(converted: dict[str, Path], mini
 def test_pipeline_paints_as_before(
     converted: dict[str, Path], request: pytest.FixtureRequest, name: str, load: Callable[[Path], Any]
 ) -> None:
-    before = generate(load_bf16(request.getfixturevalue(name)))
-    after = generate(load(converted[name]))
+    steps, enough = PIPELINES[name]
+    before = generate(load_bf16(request.getfixturevalue(name)), steps)
+    after = generate(load(converted[name]), steps)
     assert not torch.equal(before, after)
-    assert torch.cosine_similarity(before.flatten() - 0.5, after.flatten() - 0.5, dim=0) >= 0.98
+    assert torch.cosine_similarity(before.flatten() - 0.5, after.flatten() - 0.5, dim=0) >= enough
 
 
 def test_component_folder_loads_alone(converted: dict[str, Path], qwen_image: Path) -> None:
@@ -92,10 +95,9 @@ def test_quickstart_passes(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "qwen-image.png").stat().st_size > 10_000
 
 
-def generate(pipe: Any) -> torch.Tensor:
+def generate(pipe: Any, steps: int) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(0)
-    images = pipe(
-        prompt="a cup of coffee", num_inference_steps=2, height=64, width=64, generator=noise, output_type="pt"
-    )
-    return images.images.float()
+    size = {"height": 64, "width": 64}
+    result = pipe(prompt="a cup of coffee", num_inference_steps=steps, generator=noise, output_type="pt", **size)
+    return result.images.float()

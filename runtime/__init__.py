@@ -1,0 +1,1 @@
+"""Quantized checkpoint -> running model: modules, kernels per device, loading."""

@@ -1,0 +1,204 @@
+"""A quantized component on disk: its config, its tensors by header, and whether they are what the config announces.
+
+No weight is read here. Everything that can be wrong with a checkpoint is found before a model is built.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
+
+CONFIG_NAME = "config.json"
+MARKER_NAME = ".omni_convert.partial"  # in the root folder of a conversion that has not finished
+WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # Diffusers, Transformers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One model folder. ``quantization`` is None if it holds plain weights."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorSpec]
+    quantization: QuantizationConfig | None
+
+    @property
+    def kept_dtype(self) -> str | None:
+        """The safetensors dtype that most elements of unquantized floating tensors have; None if there are none."""
+        scales = () if self.quantization is None else tuple(f".{s}" for s in self.quantization.format.suffixes[1:])
+        elements: dict[str, int] = {}
+        for name, spec in self.tensors.items():
+            if spec.dtype in FLOAT_DTYPES and not (scales and name.endswith(scales)):
+                elements[spec.dtype] = elements.get(spec.dtype, 0) + spec.numel
+        return max(elements, key=lambda dtype: elements[dtype], default=None)
+
+
+def read_component(path: Path) -> Component:
+    """Read and check one model folder.
+
+    Raises:
+        OmniConvertError: no or a damaged config, a missing shard, tensors that are not what the config announces.
+    """
+    config_path = path / CONFIG_NAME
+    if not config_path.is_file():
+        raise OmniConvertError(
+            f"{path}: found no {CONFIG_NAME}, expected a model folder. If a conversion was interrupted, run it again; "
+            "it writes this file last."
+        )
+    config = read_json(config_path)
+    tensors = read_tensors(weight_files(path))
+    announced = config.get("quantization_config")
+    quantization = None
+    if announced is not None:
+        if not isinstance(announced, dict):
+            raise OmniConvertError(f"{config_path}: quantization_config is {announced!r}, expected an object.")
+        quantization = parse_config(announced, f"{config_path}: quantization_config")
+        quantized_layers(tensors, quantization, str(path))
+    return Component(path=path, config=config, tensors=tensors, quantization=quantization)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder, as its index names them; a folder without index has one file.
+
+    Raises:
+        OmniConvertError: no weights, more than one set of them, or a shard that the index names is missing.
+    """
+    indexes = [path / f"{name}.index.json" for name in WEIGHTS_NAMES if (path / f"{name}.index.json").is_file()]
+    single = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
+    found = [*indexes, *single]
+    if len(found) != 1:
+        listed = " and ".join(file.name for file in found) if found else "none of them"
+        raise OmniConvertError(
+            f"{path}: found {listed}, expected exactly one of {', '.join(WEIGHTS_NAMES)} or their .index.json. "
+            + ("Remove the stale one." if found else "Convert or download the checkpoint again.")
+        )
+    if single:
+        return single
+    weight_map = read_json(indexes[0]).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OmniConvertError(f"{indexes[0]}: has no weight_map, expected tensor names mapped to files.")
+    files: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise OmniConvertError(
+                f"{indexes[0]}: places tensor {tensor!r} in {name!r}, expected the plain name of a .safetensors file."
+            )
+        files.setdefault(name, set()).add(tensor)
+    for name, expected in files.items():
+        _check_shard(path / name, expected, indexes[0])
+    return [path / name for name in sorted(files)]
+
+
+def read_tensors(files: Iterable[Path]) -> dict[str, TensorSpec]:
+    """Name -> dtype and shape of every tensor in ``files``.
+
+    Raises:
+        OmniConvertError: a file is not a well-formed safetensors file, or two files hold the same tensor.
+    """
+    tensors: dict[str, TensorSpec] = {}
+    origin: dict[str, Path] = {}
+    for file in files:
+        for name, stored in read_header(file).tensors.items():
+            if name in tensors:
+                raise OmniConvertError(
+                    f"{file}: holds tensor {name}, which {origin[name].name} holds too; expected each tensor once. "
+                    "Remove shards of another conversion."
+                )
+            tensors[name], origin[name] = stored.spec, file
+    return tensors
+
+
+def quantized_layers(
+    tensors: Mapping[str, TensorSpec], config: QuantizationConfig, where: str
+) -> dict[str, tuple[int, int]]:
+    """Layers that are quantized on disk, by checkpoint name, with the shape (N, K) of their weight.
+
+    The tensors decide: a layer is quantized if it has a scale. ``config.ignored_layers`` may name more layers than
+    exist (engines' fused spellings) and fewer than are kept, but none that is quantized.
+
+    Raises:
+        OmniConvertError: a weight without scale, a scale without weight, a scale of an ignored layer, a dtype or
+            shape that is not the format's, or no quantized layer at all.
+    """
+    fmt = config.format
+    companions = tuple(f".{suffix}" for suffix in fmt.suffixes if suffix != "weight")
+    names = {name.rpartition(".")[0] for name in tensors if name.endswith(companions)}
+    code_dtype = fmt.tensors((1, 1))["weight"].dtype
+    for name, spec in tensors.items():
+        layer = name.removesuffix(".weight")
+        if layer != name and spec.dtype == code_dtype and layer not in names:
+            raise OmniConvertError(
+                f"{where}: tensor {name} is {spec.dtype} without {layer}{companions[0]}, expected both. "
+                "The codes mean nothing without their scale: convert the checkpoint again."
+            )
+    if not names:
+        raise OmniConvertError(
+            f"{where}: the config announces {fmt.name}, but no tensor ends with {companions[0]}. "
+            "Convert the checkpoint again, or remove quantization_config if its weights are plain."
+        )
+    for layer in sorted(names.intersection(config.ignored_layers)):
+        raise OmniConvertError(
+            f"{where}: layer {layer} is in ignored_layers but has {layer}{companions[0]}, expected one or the other. "
+            "Convert the checkpoint again."
+        )
+    return {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``.
+
+    Raises:
+        OmniConvertError: unreadable, not JSON, or not an object.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise OmniConvertError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise OmniConvertError(f"{path}: is not valid JSON ({str(error)[:200]}). Get the file again.") from error
+    if not isinstance(data, dict):
+        raise OmniConvertError(f"{path}: holds a JSON {type(data).__name__}, expected an object. Get the file again.")
+    return data
+
+
+def _check_shard(file: Path, expected: set[str], index: Path) -> None:
+    if not file.is_file():
+        raise OmniConvertError(
+            f"{file}: is missing, expected because {index.name} names it. Convert or download the checkpoint again."
+        )
+    missing = expected.difference(read_header(file).tensors)
+    if missing:
+        raise OmniConvertError(
+            f"{file}: has no tensor {min(missing)} ({len(missing)} missing), expected because {index.name} places it "
+            "there. Convert or download the checkpoint again."
+        )
+
+
+def _layer_shape(
+    layer: str, tensors: Mapping[str, TensorSpec], config: QuantizationConfig, where: str
+) -> tuple[int, int]:
+    fmt = config.format
+    weight = tensors.get(f"{layer}.weight")
+    if weight is None:
+        raise OmniConvertError(
+            f"{where}: layer {layer} has a scale but no {layer}.weight, expected both. Convert the checkpoint again."
+        )
+    refusal = fmt.refusal(weight.shape)
+    if refusal is not None:
+        raise OmniConvertError(f"{where}: tensor {layer}.weight has shape {weight.shape}: {refusal}.")
+    for suffix, expected in fmt.tensors(weight.shape).items():
+        found = tensors.get(f"{layer}.{suffix}")
+        if found != expected:
+            text = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise OmniConvertError(
+                f"{where}: tensor {layer}.{suffix} is {text}, expected {expected.dtype} {expected.shape} for "
+                f"{fmt.name}. Convert the checkpoint again."
+            )
+    return weight.shape[0], weight.shape[1]

@@ -1,0 +1,192 @@
+"""``load``: a folder on disk -> a model or pipeline that is ready to run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime.component import CONFIG_NAME, MARKER_NAME, Component, read_component, read_json
+
+PIPELINE_INDEX = "model_index.json"
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Any:
+    """Load a converted checkpoint: a Diffusers pipeline or model, or a Transformers model, in eval mode.
+
+    Args:
+        path: folder with ``model_index.json`` (pipeline) or ``config.json`` (one model).
+        device: where the model runs.
+        dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
+            dtype that most of its unquantized weights have on disk.
+
+    Raises:
+        OmniConvertError: nothing quantized there, an unfinished conversion, a missing or damaged file, tensors that
+            are not what the config announces, a device without kernels, or a library that is not installed. Found
+            before any model is built.
+    """
+    folder = Path(path)
+    _check_folder(folder)
+    target = _parse_device(device)
+    if (folder / PIPELINE_INDEX).is_file():
+        return _load_pipeline(folder, target, dtype)
+    component = read_component(folder)
+    _check_quantized(folder, [component])
+    model_class, library = _model_class(component)
+    kept = dtype or _stored_dtype(component)
+    if library == "transformers":
+        model = model_class.from_pretrained(str(folder), dtype=kept)
+    else:
+        model = _from_pretrained(model_class, folder, kept)
+    return model.eval().to(target)
+
+
+def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+    components = _pipeline_components(folder)
+    _check_quantized(folder, components.values())
+    diffusers = _import_library("diffusers")
+    if any(_library(component) == "transformers" for component in components.values()):
+        _import_library("transformers")
+    dtypes = dtype or {
+        "default": torch.float32,  # Diffusers' own; for parts without weights
+        **{name: _stored_dtype(component) for name, component in components.items()},
+    }
+    pipeline = _from_pretrained(diffusers.DiffusionPipeline, folder, dtypes)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline.to(device)
+
+
+def _from_pretrained(diffusers_class: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
+    with warnings.catch_warnings():  # newer versions say `dtype`, but this is the name that all of them know
+        warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+        return diffusers_class.from_pretrained(str(folder), torch_dtype=dtype)
+
+
+def _pipeline_components(folder: Path) -> dict[str, Component]:
+    """The models of a pipeline, by folder name; schedulers, tokenizers and the like have no weights to check."""
+    components = {}
+    for name, entry in read_json(folder / PIPELINE_INDEX).items():
+        if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise OmniConvertError(
+                f"{folder / PIPELINE_INDEX}: names component {name!r}, but {folder / name} is not a folder. "
+                "Convert or download the checkpoint again."
+            )
+        if (folder / name / CONFIG_NAME).is_file() and _has_weights(folder / name):
+            components[name] = read_component(folder / name)
+    return components
+
+
+def _has_weights(folder: Path) -> bool:
+    """Image processors have a ``config.json`` too, but nothing else to load."""
+    config = read_json(folder / CONFIG_NAME)
+    return "quantization_config" in config or any(folder.glob("*.safetensors*"))
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise OmniConvertError(
+            f"{folder}: is a file, expected a folder with {PIPELINE_INDEX} or {CONFIG_NAME}. "
+            "Pass the folder that holds it."
+        )
+    if not folder.is_dir():
+        raise OmniConvertError(
+            f"{folder}: does not exist, expected a local folder. Check the path; a checkpoint on the Hub is loaded "
+            "with from_pretrained after `import omni_convert`, or downloaded first."
+        )
+    for root in (folder, folder.parent):
+        if (root / MARKER_NAME).is_file():
+            raise OmniConvertError(
+                f"{root}: holds {MARKER_NAME}, the mark of a conversion that has not finished, expected a whole "
+                "checkpoint. Run the same omni-convert command again."
+            )
+    if not (folder / PIPELINE_INDEX).is_file() and not (folder / CONFIG_NAME).is_file():
+        raise OmniConvertError(
+            f"{folder}: found neither {PIPELINE_INDEX} nor {CONFIG_NAME}, expected one of them. Pass the folder of a "
+            "pipeline or of one of its models; if a conversion was interrupted, run it again."
+        )
+
+
+def _check_quantized(folder: Path, components: Iterable[Component]) -> None:
+    if not any(component.quantization is not None for component in components):
+        raise OmniConvertError(
+            f"{folder}: found no quantization_config, expected one of {', '.join(FORMATS)}. Convert the checkpoint "
+            "with omni-convert first, or load plain weights with the from_pretrained of their library."
+        )
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    if str(device).partition(":")[0] == "npu":  # a name that PyTorch knows only with torch-npu installed
+        raise OmniConvertError(
+            "device 'npu' was asked for, expected the CPU or a GPU: Ascend kernels are not there yet. "
+            "Serve the checkpoint with vLLM-Omni, which has them."
+        )
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise OmniConvertError(
+            f"device {device!r} is not known to PyTorch, expected 'cpu', 'cuda', 'cuda:1' or the like."
+        ) from error
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise OmniConvertError(
+            f"device {device!r} was asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
+            "devices. Use device='cpu', or a PyTorch build and driver that see the GPU."
+        )
+    return parsed
+
+
+def _library(component: Component) -> str:
+    return "diffusers" if "_class_name" in component.config else "transformers"
+
+
+def _model_class(component: Component) -> tuple[Any, str]:
+    library = _library(component)
+    module = _import_library(library)
+    config_path = component.path / CONFIG_NAME
+    if library == "diffusers":
+        name = component.config["_class_name"]
+        model_class = getattr(module, str(name), None)
+        if model_class is None:
+            raise OmniConvertError(
+                f"{config_path}: _class_name is {name!r}, which Diffusers {module.__version__} does not have. "
+                "Install the version that the model needs: pip install -U diffusers"
+            )
+        return model_class, library
+    architectures = component.config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    return getattr(module, str(name), None) or module.AutoModel, library
+
+
+def _stored_dtype(component: Component) -> torch.dtype:
+    stored = component.kept_dtype
+    return _DTYPES[stored] if stored is not None else torch.get_default_dtype()
+
+
+def _import_library(name: str) -> ModuleType:
+    """``diffusers`` or ``transformers``, with the accelerate that both need to load quantized weights."""
+    for package in (name, "accelerate"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            if error.name != package:
+                raise
+            raise OmniConvertError(
+                f"the package {package} is not installed, expected because this checkpoint is loaded with {name}. "
+                f"Run: pip install 'omni-convert[{name}]'"
+            ) from error
+    return importlib.import_module(name)

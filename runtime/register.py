@@ -1,0 +1,58 @@
+"""Hooks our formats into Diffusers and Transformers when, and only if, those are imported.
+
+Importing either takes seconds and the command line needs neither, so the plugins wait: an import finder runs a
+plugin's ``register`` right after the library's own module. (A package for this exists, wrapt; importing it takes
+longer than all the rest of ours.)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_PLUGINS = {
+    "diffusers.quantizers.auto": "omni_convert.runtime.diffusers_plugin",
+    "transformers.quantizers.auto": "omni_convert.runtime.transformers_plugin",
+}
+
+
+def register_plugins() -> None:
+    """Register with what is imported already, and with the rest when it is. Calling it again changes nothing."""
+    for name in _PLUGINS:
+        if name in sys.modules:
+            _register(sys.modules[name])
+    if not any(isinstance(finder, _PluginFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PluginFinder())
+
+
+class _PluginFinder(MetaPathFinder):
+    """Finds the two modules as the other finders do, and has the plugin run once the module is there."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _PLUGINS:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = _then_register(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
+        return spec
+
+
+def _then_register(exec_module: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def exec_and_register(module: ModuleType) -> None:
+        exec_module(module)
+        if module.__name__ in _PLUGINS:  # the loader of a zip file serves all of its modules
+            _register(module)
+
+    return exec_and_register
+
+
+def _register(module: ModuleType) -> None:
+    importlib.import_module(_PLUGINS[module.__name__]).register(module)

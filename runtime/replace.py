@@ -1,0 +1,96 @@
+"""Puts quantized modules in the place of ``nn.Linear`` in a model that has no weights yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.header import TensorSpec
+from omni_convert.runtime.component import quantized_layers
+from omni_convert.runtime.linear import Int8Linear
+
+MODULES: Mapping[str, type[Int8Linear]] = {"int8": Int8Linear}
+"""The module of each format, by ``quant_method``."""
+
+
+def replace_linears(
+    model: nn.Module,
+    tensors: Mapping[str, TensorSpec],
+    config: QuantizationConfig,
+    modules: Mapping[str, str | None] | None = None,
+) -> list[str]:
+    """Replace the linears of ``model`` that are quantized on disk; their tensors are loaded by whoever calls.
+
+    ``tensors``: all tensors of the checkpoint. ``modules``: checkpoint layer -> module name where they differ; None
+    for a layer that this model does not have by design. Returns the names of the replaced modules.
+
+    Raises:
+        OmniConvertError: the checkpoint contradicts its config (see ``quantized_layers``) or the model: a module
+            that is missing, not an ``nn.Linear``, of another shape, or whose bias is missing on disk.
+    """
+    where = type(model).__name__
+    replaced = []
+    for layer, shape in quantized_layers(tensors, config, where).items():
+        name = layer if modules is None else modules[layer]
+        if name is None:
+            continue
+        linear = _find_linear(model, name, layer, shape)
+        if linear.bias is not None and f"{layer}.bias" not in tensors:
+            raise OmniConvertError(
+                f"{where}: tensor {layer}.bias is not in the checkpoint, but module {name} has a bias. "
+                "Convert the checkpoint again."
+            )
+        quantized = MODULES[config.format.name](
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        model.set_submodule(name, quantized.train(linear.training))
+        replaced.append(name)
+    return replaced
+
+
+def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
+    """What the library loaded into the quantized modules is still quantized.
+
+    Raises:
+        OmniConvertError: a weight or a scale was cast, or replaced by a tied weight.
+    """
+    for name in names:
+        module = model.get_submodule(name)
+        for tensor, expected in (("weight", torch.int8), ("weight_scale", torch.float32)):
+            found = getattr(module, tensor).dtype
+            if found != expected:
+                raise OmniConvertError(
+                    f"{type(model).__name__}: {name}.{tensor} is {found} after loading, expected {expected}: it was "
+                    "cast, or tied to an unquantized weight. Convert again and leave this layer unquantized."
+                )
+
+
+def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, int]) -> nn.Linear:
+    where = type(model).__name__
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise OmniConvertError(
+            f"{where}: the checkpoint has a quantized layer {layer}, but the model has no module {name}. "
+            "Load it with the class that its config names, in a version of the library that knows this model."
+        ) from error
+    # Subclasses, and torch's own attention, read `weight` themselves: codes would pass for a float weight there.
+    if type(module) is not nn.Linear:
+        raise OmniConvertError(
+            f"{where}: the checkpoint has a quantized layer {layer}, but module {name} is a "
+            f"{type(module).__name__}, expected nn.Linear. Convert again and leave this layer unquantized."
+        )
+    if (module.out_features, module.in_features) != shape:
+        raise OmniConvertError(
+            f"{where}: tensor {layer}.weight has shape {shape}, but module {name} expects "
+            f"{(module.out_features, module.in_features)}. The config and the weights are of different models."
+        )
+    return module

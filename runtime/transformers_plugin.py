@@ -1,0 +1,118 @@
+"""Teaches Transformers to load quantized checkpoints. Imported by a hook, after ``transformers.quantizers.auto``."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from omni_convert.formats.config import parse_config
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime.component import quantized_layers, read_tensors
+from omni_convert.runtime.replace import MODULES, check_loaded, replace_linears
+
+_log = logging.getLogger(__name__)
+
+
+class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of ``config.json``, in the shape that Transformers wants."""
+
+    def __init__(self, **data: Any) -> None:
+        self.quantization = parse_config(data)
+        self.quant_method = self.quantization.format.name
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.quantization.to_dict()
+
+
+class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Replaces linears before the weights are streamed in; Transformers then casts to what the modules declare."""
+
+    requires_calibration = False
+    is_trainable = True  # adapters on top: gradients flow through the activations
+    is_compileable = True
+
+    def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._replaced: list[str] = []
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise OmniConvertError(
+                "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
+                "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
+            )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(file) for file in checkpoint_files or ()]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            names = ", ".join(file.name for file in files) or "a state dict"
+            raise OmniConvertError(
+                f"{type(model).__name__}: the weights come from {names}, expected safetensors files. "
+                "Convert the checkpoint again and load its folder."
+            )
+        config = self.quantization_config.quantization
+        tensors = read_tensors(files)
+        layers = quantized_layers(tensors, config, type(model).__name__)
+        self._replaced = replace_linears(model, tensors, config, _module_names(model, layers))
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        check_loaded(model, self._replaced)
+
+
+def _module_names(model: Any, layers: Collection[str]) -> dict[str, str | None]:
+    """Checkpoint layer -> module name, by the renaming rules that Transformers will apply when it loads.
+
+    None for a layer that the model leaves out by design: a head of the checkpoint when the base model is loaded.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+    names: dict[str, str | None] = {}
+    for layer in layers:
+        weight = f"{layer}.weight"
+        renamed, merged = rename_source_key(weight, renamings, converters, prefix, state)
+        if renamed not in state and weight in state:
+            renamed, merged = rename_source_key(weight, [], [], prefix, state)
+        if merged is not None:
+            raise OmniConvertError(
+                f"{type(model).__name__}: Transformers merges or splits {weight} when it loads ({merged}), expected "
+                "a weight that is loaded as it is. Convert again and leave this layer unquantized."
+            )
+        skipped = renamed not in state and _is_left_out(model, layer)
+        names[layer] = None if skipped else renamed.removesuffix(".weight")
+    return names
+
+
+def _is_left_out(model: Any, layer: str) -> bool:
+    """Another class than the checkpoint's may lack some of its layers; Transformers lists them when it loads."""
+    if any(re.search(pattern, f"{layer}.weight") for pattern in model._keys_to_ignore_on_load_unexpected or ()):
+        return True
+    architectures = model.config.architectures or ()
+    return bool(architectures) and type(model).__name__ not in architectures
+
+
+def register(auto: Any) -> None:
+    """Add our formats to the mappings in ``transformers.quantizers.auto``, except those another package has taken."""
+    for method in MODULES:
+        taken = auto.AUTO_QUANTIZER_MAPPING.get(method, OmniConvertQuantizer)
+        if taken is not OmniConvertQuantizer:
+            _log.warning("quant_method %r of Transformers stays with %s, which registered it first", method, taken)
+            continue
+        auto.AUTO_QUANTIZER_MAPPING[method] = OmniConvertQuantizer
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = OmniConvertConfig

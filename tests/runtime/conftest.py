@@ -1,0 +1,136 @@
+"""Small quantized checkpoints on disk, made with the reference quantizer and the libraries' own ``save_pretrained``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from omni_convert.formats.int8 import Int8
+
+Quantize = Callable[..., Path]
+
+
+def quantize_folder(source: Path, target: Path, keep: str = "embed|norm|proj_out|img_in|txt_in") -> Path:
+    """Quantize every 2-D weight of a model folder whose name does not match ``keep``; shards keep their names."""
+    shutil.copytree(source, target)
+    fmt, ignored = Int8(), []
+    index_path = next(target.glob("*.index.json"), None)
+    index = json.loads(index_path.read_text()) if index_path else {"weight_map": {}}
+    for shard in sorted(target.glob("*.safetensors")):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in load_file(shard).items():
+            layer = name.removesuffix(".weight")
+            if value.ndim != 2 or layer == name or re.search(keep, name):
+                tensors[name] = value
+                ignored += [layer] if value.ndim == 2 else []
+                continue
+            for suffix, part in fmt.quantize(value).items():
+                tensors[f"{layer}.{suffix}"] = part
+                index["weight_map"][f"{layer}.{suffix}"] = shard.name
+        save_file(tensors, shard, metadata={"format": "pt"})
+    if index_path:
+        index_path.write_text(json.dumps(index))
+    config = json.loads((target / "config.json").read_text())
+    config["quantization_config"] = fmt.config([*ignored, "transformer_blocks.0.attn.to_qkv"])
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.fixture(scope="session")
+def quantize() -> Quantize:
+    return quantize_folder
+
+
+@pytest.fixture(scope="session")
+def qwen_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=32, joint_attention_dim=48, axes_dims_rope=(8, 12, 12)
+    )
+    path = tmp_path_factory.mktemp("qwen")
+    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="400KB")
+    return path
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized QwenImageTransformer2DModel, sharded."""
+    return quantize_folder(qwen_plain, tmp_path_factory.mktemp("qwen-int8") / "transformer")
+
+
+@pytest.fixture(scope="session")
+def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized ZImageTransformer2DModel, sharded."""
+    from diffusers import ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = ZImageTransformer2DModel(
+        dim=96, n_layers=2, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=48,
+        axes_dims=[8, 12, 12], axes_lens=[64, 64, 64],
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("zimage")
+    model.to(torch.bfloat16).save_pretrained(path, max_shard_size="400KB")
+    return quantize_folder(path, path.with_name("zimage-int8"), keep="embedder|norm|final_layer")
+
+
+def _bert_config() -> Any:
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=72,
+        max_position_embeddings=32, architectures=["BertModel"],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def bert_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import BertModel
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("bert")
+    BertModel(_bert_config()).to(torch.bfloat16).save_pretrained(path, max_shard_size="60KB")
+    return path
+
+
+@pytest.fixture(scope="session")
+def bert(bert_plain: Path) -> Path:
+    """A quantized BertModel, sharded."""
+    return quantize_folder(bert_plain, bert_plain.with_name("bert-int8"))
+
+
+@pytest.fixture(scope="session")
+def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized BertForMaskedLM: its names start with ``bert.``, its head is quantized too."""
+    from transformers import BertForMaskedLM
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("masked-bert")
+    BertForMaskedLM(_bert_config()).to(torch.bfloat16).save_pretrained(path)
+    return quantize_folder(path, path.with_name("masked-bert-int8"))
+
+
+@pytest.fixture
+def qwen_inputs() -> dict[str, Any]:
+    torch.manual_seed(1)
+    return {
+        "hidden_states": torch.randn(1, 16, 64, dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 5, 48, dtype=torch.bfloat16),
+        "timestep": torch.tensor([0.5], dtype=torch.bfloat16),
+        "img_shapes": [[(1, 4, 4)]],
+        "return_dict": False,
+    }
+
+
+@pytest.fixture
+def bert_inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(20).reshape(2, 10)}

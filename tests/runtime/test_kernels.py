@@ -1,0 +1,182 @@
+"""Every kernel gives the bits of the reference, on every shape and dtype; the choice between them is explained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime import cpu, cuda, kernels, reference
+from omni_convert.runtime.linear import Int8Linear
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KERNELS = {"onednn": (cpu.onednn_linear, cpu.refuse_onednn), "int_mm": (cpu.int_mm_linear, cpu.refuse_int_mm)}
+
+
+def operands(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
+    weight = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
+    scale = torch.rand(shape[0], 1, generator=generator) / 100
+    return x, weight, scale, torch.randn(shape[0], generator=generator).to(dtype)
+
+
+def textbook_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
+    """The formulas in the docstring of ``reference`` with NumPy and Python integers, independent of PyTorch."""
+    values = x.to(torch.float32).numpy()
+    out = np.empty((len(values), len(weight)), np.float32)
+    for m, row in enumerate(values):
+        amax = np.abs(row).max()
+        row_scale, inverse = np.float32(amax / np.float32(127)), np.float32(np.float32(127) / amax)
+        codes = [round(Fraction(float(value))) for value in row * inverse]
+        for n, codes_n in enumerate(weight.tolist()):
+            total = np.float32(sum(a * b for a, b in zip(codes, codes_n, strict=True)))
+            product = np.float32(np.float32(total * scale[n, 0].numpy()) * row_scale)
+            out[m, n] = product + np.float32(bias[n].item())
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reference_is_the_textbook(dtype: torch.dtype) -> None:
+    x, weight, scale, bias = operands(4, (7, 33), dtype)
+    expected = torch.from_numpy(textbook_linear(x, weight, scale, bias)).to(dtype)
+    assert torch.equal(reference.reference_linear(x, weight, scale, bias), expected)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 17, 64, 257])
+def test_kernel_is_the_reference(name: str, dtype: torch.dtype, rows: int) -> None:
+    run, refuse = KERNELS[name]
+    for shape in ((1, 7), (7, 1), (64, 64), (33, 131), (129, 1000)):
+        if refuse(shape) is None:
+            x, weight, scale, bias = operands(rows, shape, dtype)
+            for b in (None, bias):
+                found = run(x, weight, scale, b, cpu.new_handle(weight))
+                assert found.dtype == dtype
+                assert torch.equal(found, reference.reference_linear(x, weight, scale, b)), (shape, b is None)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_largest_codes_do_not_saturate(name: str) -> None:
+    run, refuse = KERNELS[name]
+    if refuse((40, 600)) is not None:
+        pytest.skip("this CPU cannot run it")
+    x = torch.ones(40, 600) * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
+    weight = torch.full((40, 600), -127, dtype=torch.int8)
+    found = run(x, weight, torch.ones(40, 1), None, cpu.new_handle(weight))
+    assert torch.allclose(found.abs(), torch.tensor(127.0 * 600), rtol=1e-6)
+
+
+def test_kernels_that_saturate_are_refused() -> None:
+    """oneDNN without VNNI adds pairs of products in 16 bits, in both operators; nothing reports it."""
+    code = (  # a process of its own: oneDNN reads the variable once
+        "from omni_convert.runtime.kernels import select_kernel; import torch\n"
+        "choice = select_kernel('int8', 'cpu', (64, 64)); print(choice.kernel, len(choice.rejected))"
+    )
+    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert found.stdout.split() in (["dequantize", "2"], ["int_mm", "1"])  # the latter where PyTorch has its own
+    assert "runs on kernel" in found.stderr
+
+
+def test_choice_names_its_reasons() -> None:
+    kernels.select_kernel.cache_clear()
+    choice = kernels.select_kernel("int8", "cpu", (8, 200_000))
+    assert choice.kernel == "dequantize"
+    assert choice.rejected.keys() == {"onednn", "int_mm"}
+    assert kernels.select_kernel("int8", "cuda", (64, 64)).kernel == "cuda_int_mm"
+    choice = kernels.select_kernel("int8", "cuda", (64, 63))
+    assert (choice.kernel, choice.rejected) == ("dequantize", {"cuda_int_mm": choice.rejected["cuda_int_mm"]})
+    assert "multiples of 8" in choice.rejected["cuda_int_mm"]
+    assert kernels.select_kernel("int8", "mps", (64, 64)).kernel == "dequantize"
+    with pytest.raises(OmniConvertError, match="Ascend"):
+        kernels.select_kernel("int8", "npu", (64, 64))
+
+
+def test_column_weight_is_kept_from_int_mm() -> None:
+    assert "garbage" in (cpu.refuse_int_mm((64, 1)) or "")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 64])
+def test_cuda_arithmetic_on_cpu(rows: int) -> None:
+    """Same operators, other device: what padding and scaling do can be checked without one."""
+    if cpu.refuse_int_mm((64, 64)) is not None:
+        pytest.skip("torch._int_mm is not exact on this CPU")
+    x, weight, scale, bias = operands(rows, (24, 64), torch.bfloat16)
+    found = cuda.int_mm_linear(x, weight, scale, bias, torch.tensor(0))
+    assert torch.equal(found, reference.reference_linear(x, weight, scale, bias))
+
+
+def test_dequantize_kernel_is_close() -> None:
+    x, weight, scale, bias = operands(9, (24, 64), torch.float32)
+    found = reference.dequantized_linear(x, weight, scale, bias, torch.tensor(0))
+    expected = reference.reference_linear(x, weight, scale, bias)
+    assert (found - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+def test_nonfinite_row_becomes_nan_and_only_that_row(name: str, dtype: torch.dtype, poison: float) -> None:
+    x, weight, scale, bias = operands(3, (5, 8), dtype)
+    x[1, 4] = poison
+    assert reference.quantize_rows(x)[1].isnan().flatten().tolist() == [False, True, False]
+    run, refuse = KERNELS[name]
+    if refuse((5, 8)) is None:
+        found = run(x, weight, scale, bias, cpu.new_handle(weight))
+        assert found[1].isnan().all()
+        assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_zeros_and_extremes(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 8, dtype=dtype)
+    x[1] = torch.finfo(dtype).tiny
+    x[2] = torch.finfo(dtype).smallest_normal / 2  # subnormal
+    x[3] = torch.finfo(dtype).max
+    before = x.clone()
+    codes, scale = reference.quantize_rows(x)
+    assert torch.equal(x, before)
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    assert (codes[0] == 0).all()
+    assert (codes[3] == 127).all()
+    layer = Int8Linear(8, 2, dtype=dtype)
+    layer.bias.data.fill_(0.5)
+    assert (layer(x[:1]) == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 8, dtype=torch.int8), "activations of torch.int8"),
+        (torch.ones(2, 8, dtype=torch.float64), "activations of torch.float64"),
+        (torch.ones(8, 4), "last dimension to be 8"),
+        (torch.tensor(1.0), "last dimension to be 8"),
+    ],
+)
+def test_wrong_input_is_refused(x: Any, message: str) -> None:
+    with pytest.raises(OmniConvertError, match=message):
+        Int8Linear(8, 4)(x)
+
+
+def test_scale_of_another_shape_is_refused() -> None:
+    layer = Int8Linear(8, 4)
+    layer.weight_scale = torch.ones(2, 1)
+    with pytest.raises(OmniConvertError, match=r"weight_scale \(2, 1\), expected torch.int8 and \(4, 1\)"):
+        layer(torch.ones(1, 8))
+
+
+def test_operator_passes_torchs_own_checks() -> None:
+    x, weight, scale, bias = operands(3, (8, 16), torch.float32)
+    handle = cpu.new_handle(weight)
+    args = (x.requires_grad_(), weight, scale, bias.requires_grad_(), handle)
+    torch.library.opcheck(kernels.int8_linear, args)
