@@ -1,4 +1,4 @@
-"""Teaches Diffusers to load quantized checkpoints. Imported by a hook, after ``diffusers.quantizers.auto``.
+"""Teaches Diffusers to load quantized checkpoints; registers itself when ``diffusers.quantizers.auto`` is imported.
 
 Diffusers has no registration call; other quantizers enter its two mappings in the same way.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
@@ -108,12 +109,15 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         setattr(model.get_submodule(layer), suffix, state_dict[param_name].to(target_device))
 
 
-def register(auto: Any) -> None:
-    """Add our formats to the mappings in ``diffusers.quantizers.auto``, except those another package has taken."""
+def register(library: Any) -> None:
+    """Add our formats to the mappings of ``diffusers.quantizers.auto``, except those another package has taken."""
     for method in QuantMethod:
-        taken = auto.AUTO_QUANTIZER_MAPPING.get(method.value, OmniConvertQuantizer)
+        taken = library.AUTO_QUANTIZER_MAPPING.get(method.value, OmniConvertQuantizer)
         if taken is not OmniConvertQuantizer:
             _log.warning("quant_method %r of Diffusers stays with %s, which registered it first", method.value, taken)
             continue
-        auto.AUTO_QUANTIZER_MAPPING[method.value] = OmniConvertQuantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = OmniConvertConfig
+        library.AUTO_QUANTIZER_MAPPING[method.value] = OmniConvertQuantizer
+        library.AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = OmniConvertConfig
+
+
+register(auto)

@@ -21,9 +21,7 @@ PIPELINE_INDEX = "model_index.json"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def load(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Any:
+def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
     """Load a converted checkpoint: a Diffusers pipeline or model, or a Transformers model, in eval mode.
 
     Args:

@@ -1,8 +1,8 @@
 """Hooks our formats into Diffusers and Transformers when, and only if, those are imported.
 
-Importing either takes seconds and the command line needs neither, so the plugins wait: an import finder runs a
-plugin's ``register`` right after the library's own module. (A package for this exists, wrapt; importing it takes
-longer than all the rest of ours.)
+Importing either takes seconds and the command line needs neither, so the plugins wait: an import finder imports a
+plugin, which registers itself, right after the library's own module. (A package for this exists, wrapt; importing it
+takes longer than all the rest of ours.)
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def register_plugins() -> None:
     """Register with what is imported already, and with the rest when it is. Calling it again changes nothing."""
     for name in _PLUGINS:
         if name in sys.modules:
-            _register(sys.modules[name])
+            importlib.import_module(_PLUGINS[name])
     if not any(isinstance(finder, _PluginFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _PluginFinder())
 
 
 class _PluginFinder(MetaPathFinder):
-    """Finds the two modules as the other finders do, and has the plugin run once the module is there."""
+    """Finds the two modules as the other finders do, and imports the plugin once the module is there."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -49,10 +49,6 @@ def _then_register(exec_module: Callable[[ModuleType], None]) -> Callable[[Modul
     def exec_and_register(module: ModuleType) -> None:
         exec_module(module)
         if module.__name__ in _PLUGINS:  # the loader of a zip file serves all of its modules
-            _register(module)
+            importlib.import_module(_PLUGINS[module.__name__])
 
     return exec_and_register
-
-
-def _register(module: ModuleType) -> None:
-    importlib.import_module(_PLUGINS[module.__name__]).register(module)

@@ -1,4 +1,4 @@
-"""Teaches Transformers to load quantized checkpoints. Imported by a hook, after ``transformers.quantizers.auto``."""
+"""Teaches Transformers to load quantized checkpoints; registers itself when ``transformers.quantizers.auto`` is imported."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -107,12 +108,15 @@ def _is_left_out(model: Any, layer: str) -> bool:
     return bool(architectures) and type(model).__name__ not in architectures
 
 
-def register(auto: Any) -> None:
-    """Add our formats to the mappings in ``transformers.quantizers.auto``, except those another package has taken."""
+def register(library: Any) -> None:
+    """Add our formats to the mappings of ``transformers.quantizers.auto``, except those another package has taken."""
     for method in MODULES:
-        taken = auto.AUTO_QUANTIZER_MAPPING.get(method, OmniConvertQuantizer)
+        taken = library.AUTO_QUANTIZER_MAPPING.get(method, OmniConvertQuantizer)
         if taken is not OmniConvertQuantizer:
             _log.warning("quant_method %r of Transformers stays with %s, which registered it first", method, taken)
             continue
-        auto.AUTO_QUANTIZER_MAPPING[method] = OmniConvertQuantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = OmniConvertConfig
+        library.AUTO_QUANTIZER_MAPPING[method] = OmniConvertQuantizer
+        library.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = OmniConvertConfig
+
+
+register(auto)
