@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.files import check_inside, check_name, is_alternative_weights, is_pickle, read_json
+from omni_convert.converter.files import check_inside, is_alternative_weights
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import Header, StoredTensor, read_header
+from omni_convert.formats.layout import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MARKER_NAME,
+    PIPELINE_INDEX,
+    Shards,
+    is_pickle,
+    pickle_message,
+    read_json,
+    read_shards,
+)
 
-CONFIG_NAME = "config.json"
-PIPELINE_INDEX = "model_index.json"
-MANIFEST_NAME = "omni_convert.json"
-MARKER_NAME = ".omni_convert.partial"
-INDEX_NAMES = ("diffusion_pytorch_model.safetensors.index.json", "model.safetensors.index.json")
-WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 DEFAULT_COMPONENTS = ("transformer", "transformer_2")
 _SKIPPED_FOLDERS = {".git": "version control", ".cache": "download cache", "__pycache__": "Python's cache"}
 
@@ -29,9 +34,7 @@ class Component:
     name: str
     folder: Path
     config: Mapping[str, Any] | None
-    shards: tuple[Header, ...]
-    index_name: str | None
-    index_metadata: Mapping[str, Any]
+    shards: Shards
 
     @property
     def class_name(self) -> str:
@@ -41,9 +44,7 @@ class Component:
         return str(config.get("_class_name") or architectures[0] or config.get("model_type") or "unknown")
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor, Header]]:
-        for shard in self.shards:
-            for name, tensor in shard.tensors.items():
-                yield name, tensor, shard
+        return self.shards.tensors()
 
     def relative(self, file_name: str) -> str:
         """Path of one of its files relative to the checkpoint, with forward slashes."""
@@ -80,10 +81,10 @@ def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
         raise OmniConvertError(f"{path}: is the unfinished output of a conversion. Run that conversion again.")
     if (path / PIPELINE_INDEX).is_file():
         names = _pipeline_components(path, components)
-        opened = tuple(_open_component(path, name) for name in names)
+        opened = tuple(open_component(path, name) for name in names)
         return _with_other_files(path, "pipeline", opened)
     _refuse_components(path, components)
-    return _with_other_files(path, "model", (_open_component(path, ""),))
+    return _with_other_files(path, "model", (open_component(path, ""),))
 
 
 def find_components(path: Path) -> list[str]:
@@ -95,17 +96,20 @@ def find_components(path: Path) -> list[str]:
 
 
 def open_component(root: Path, name: str) -> Component:
-    """One component of a checkpoint folder, quantized or not."""
-    return _open_component(root, name)
+    """One component of a checkpoint folder, quantized or not; "" for the folder itself."""
+    folder = root / name if name else root
+    config_path = folder / CONFIG_NAME
+    config = read_json(config_path) if config_path.is_file() else None
+    shards = read_shards(folder, lambda path: check_inside(path, root))
+    return Component(name=name, folder=folder, config=config, shards=shards)
 
 
 def _open_file(path: Path, components: Sequence[str]) -> Checkpoint:
     if path.suffix != ".safetensors":
-        raise OmniConvertError(_pickle_message(path) if is_pickle(path.name) else f"{path}: not a .safetensors file.")
+        raise OmniConvertError(pickle_message(path) if is_pickle(path.name) else f"{path}: not a .safetensors file.")
     _refuse_components(path, components)
-    component = Component(
-        name="", folder=path.parent, config=None, shards=(read_header(path),), index_name=None, index_metadata={}
-    )
+    shards = Shards(headers=(read_header(path),), index_name=None, index_metadata={})
+    component = Component(name="", folder=path.parent, config=None, shards=shards)
     return Checkpoint(root=path.parent, kind="file", components=(component,), others={}, left_out={})
 
 
@@ -129,106 +133,9 @@ def _pipeline_components(path: Path, wanted: Sequence[str]) -> list[str]:
     return names
 
 
-def _open_component(root: Path, name: str) -> Component:
-    folder = root / name if name else root
-    config_path = folder / CONFIG_NAME
-    config = read_json(config_path) if config_path.is_file() else None
-    indexes = [item for item in INDEX_NAMES if (folder / item).is_file()]
-    if len(indexes) > 1:
-        raise OmniConvertError(f"{folder}: found both {' and '.join(indexes)}, expected one. Remove the stale one.")
-    if indexes:
-        weight_map, metadata = _read_index(folder / indexes[0])
-        shards = tuple(_open_shard(root, folder, file_name) for file_name in sorted(set(weight_map.values())))
-        _check_weight_map(folder / indexes[0], weight_map, shards)
-    else:
-        metadata = {}
-        shards = tuple(_open_shard(root, folder, file_name) for file_name in _unindexed_shards(folder))
-    component = Component(
-        name=name,
-        folder=folder,
-        config=config,
-        shards=shards,
-        index_name=indexes[0] if indexes else None,
-        index_metadata=metadata,
-    )
-    _check_unique(component)
-    return component
-
-
-def _unindexed_shards(folder: Path) -> list[str]:
-    for name in WEIGHT_NAMES:
-        if (folder / name).is_file():
-            return [name]
-    found = sorted(item.name for item in folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        raise OmniConvertError(
-            f"{folder}: found {len(found)} safetensors files ({', '.join(found[:3])}, ...) but no index; expected "
-            f"{' or '.join(INDEX_NAMES)}. Download the index too, or convert one file at a time."
-        )
-    pickles = sorted(item for item in folder.iterdir() if is_pickle(item.name))
-    if pickles:
-        raise OmniConvertError(_pickle_message(pickles[0]))
-    raise OmniConvertError(
-        f"{folder}: found no weights, expected one of {', '.join((*WEIGHT_NAMES, *INDEX_NAMES, PIPELINE_INDEX))}."
-    )
-
-
-def _pickle_message(path: Path) -> str:
-    return (
-        f"{path}: found pickle weights, expected safetensors. Pickle files can run code when they are read, so they "
-        "are refused. Load the model with its library and write it with save_pretrained(..., "
-        "safe_serialization=True), or download the safetensors version of the repository."
-    )
-
-
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    index = read_json(path)
-    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise OmniConvertError(f"{path}: found no weight_map. The index is damaged: download it again.")
-    if not isinstance(metadata, dict):
-        raise OmniConvertError(f"{path}: metadata is {metadata!r}, expected an object. Download the index again.")
-    for tensor, file_name in weight_map.items():
-        check_name(path, tensor, file_name)
-    return weight_map, metadata
-
-
-def _open_shard(root: Path, folder: Path, file_name: str) -> Header:
-    path = folder / file_name
-    if not path.exists():
-        raise OmniConvertError(
-            f"{path}: the index names this shard, but it is not there. The download is incomplete: fetch it."
-        )
-    check_inside(path, root)
-    return read_header(path)
-
-
-def _check_weight_map(path: Path, weight_map: Mapping[str, str], shards: Sequence[Header]) -> None:
-    by_name = {shard.path.name: shard for shard in shards}
-    for tensor, file_name in weight_map.items():
-        if tensor not in by_name[file_name].tensors:
-            raise OmniConvertError(
-                f"{path}: tensor {tensor} should be in {file_name}, but that shard does not hold it. "
-                "Index and shards are of different versions: download the repository again."
-            )
-
-
-def _check_unique(component: Component) -> None:
-    home: dict[str, str] = {}
-    for tensor, _, shard in component.tensors():
-        other = home.setdefault(tensor, shard.path.name)
-        if other != shard.path.name:
-            raise OmniConvertError(
-                f"{component.folder}: tensor {tensor} is in both {other} and {shard.path.name}, expected it once. "
-                "The shards are of different versions: download the repository again."
-            )
-
-
 def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) -> Checkpoint:
-    written = {component.relative(shard.path.name) for component in components for shard in component.shards}
-    written |= {component.relative(component.index_name) for component in components if component.index_name}
+    written = {component.relative(shard.path.name) for component in components for shard in component.shards.headers}
+    written |= {c.relative(c.shards.index_name) for c in components if c.shards.index_name}
     written |= {component.relative(CONFIG_NAME) for component in components}
     folders = {component.folder for component in components}
     others: dict[str, int] = {}

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.checkpoint import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, open_checkpoint
+from omni_convert.converter.checkpoint import open_checkpoint
 from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, job_identity, total_size
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Pattern, Recipe
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,9 +160,10 @@ def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bo
     """Write what makes the folder loadable, the most telling file last."""
     texts: dict[str, bytes] = {}
     for part in plan.components:
-        if part.index_bytes is not None and part.component.index_name:
-            texts[part.component.relative(part.component.index_name)] = part.index_bytes
-        texts[part.component.relative(CONFIG_NAME)] = part.config_bytes
+        component = part.component
+        if component.shards.index_name:
+            texts[component.relative(component.shards.index_name)] = part.index_bytes
+        texts[component.relative(CONFIG_NAME)] = part.config_bytes
     if plan.checkpoint.kind == "pipeline":
         texts[PIPELINE_INDEX] = (plan.checkpoint.root / PIPELINE_INDEX).read_bytes()
     files = dict(outcome.files) | {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}

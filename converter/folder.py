@@ -9,17 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.checkpoint import (
-    CONFIG_NAME,
-    MANIFEST_NAME,
-    MARKER_NAME,
-    PIPELINE_INDEX,
-    Checkpoint,
-)
-from omni_convert.converter.files import read_json
+from omni_convert.converter.checkpoint import Checkpoint
 from omni_convert.converter.output import PARTIAL_SUFFIX
 from omni_convert.converter.plan import Plan, encode_json
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 
 
 class OutputFolder:
@@ -148,19 +142,17 @@ def job_identity(checkpoint: Checkpoint, recipe: dict[str, Any], version: str) -
         "headers": {
             component.relative(shard.path.name): shard.sha256
             for component in checkpoint.components
-            for shard in component.shards
+            for shard in component.shards.headers
         },
     }
 
 
 def _seal_names(plan: Plan) -> list[str]:
     """Files that make the folder loadable, in the order in which they are written."""
+    components = [part.component for part in plan.components]
     names = [MANIFEST_NAME]
-    for component in plan.components:
-        names += (
-            [component.component.relative(component.component.index_name)] if component.component.index_name else []
-        )
-    names += [component.component.relative(CONFIG_NAME) for component in plan.components]
+    names += [item.relative(item.shards.index_name) for item in components if item.shards.index_name]
+    names += [item.relative(CONFIG_NAME) for item in components]
     return names + ([PIPELINE_INDEX] if plan.checkpoint.kind == "pipeline" else [])
 
 

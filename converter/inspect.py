@@ -8,18 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.checkpoint import (
-    MANIFEST_NAME,
-    MARKER_NAME,
-    Component,
-    find_components,
-    open_checkpoint,
-    open_component,
-)
-from omni_convert.converter.files import read_json
+from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
 from omni_convert.converter.tables import format_bytes, format_table
 from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +110,7 @@ def _summarize(component: Component) -> ComponentSummary:
         name=component.name,
         model_class=component.class_name,
         method=method,
-        shards=len(component.shards),
+        shards=len(component.shards.headers),
         quantized_layers=len(quantized),
         kept_layers=kept,
         weights=weights,

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.checkpoint import CONFIG_NAME, Checkpoint, Component
+from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.execute import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
+from omni_convert.formats.layout import CONFIG_NAME
 
 HASH_BYTES = 4 << 20
 
@@ -71,8 +72,8 @@ def _source_files(
 
 def _component_files(component: Component) -> list[tuple[Path, str | None]]:
     """The files that are not copied: shards (with their header's hash), index and config."""
-    small = [component.folder / name for name in (component.index_name, CONFIG_NAME) if name]
-    shards: list[tuple[Path, str | None]] = [(shard.path, shard.sha256) for shard in component.shards]
+    small = [component.folder / name for name in (component.shards.index_name, CONFIG_NAME) if name]
+    shards: list[tuple[Path, str | None]] = [(shard.path, shard.sha256) for shard in component.shards.headers]
     return shards + [(path, None) for path in small if component.config is not None or path.name != CONFIG_NAME]
 
 

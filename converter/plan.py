@@ -88,13 +88,11 @@ class ComponentPlan:
         return encode_json(config)
 
     @property
-    def index_bytes(self) -> bytes | None:
-        """The index of the output, if the source has one."""
-        if self.component.index_name is None:
-            return None
+    def index_bytes(self) -> bytes:
+        """The index of the output."""
         total = sum(spec.nbytes for shard in self.shards for spec in shard.layout.values())
         weight_map = {name: shard.source.path.name for shard in self.shards for name in shard.layout}
-        metadata = {**self.component.index_metadata, "total_size": total}
+        metadata = {**self.component.shards.index_metadata, "total_size": total}
         return encode_json({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))})
 
 
@@ -192,7 +190,7 @@ def _refuse_quantized(component: Component) -> None:
 def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
     table = find_architecture(component.config or {})
     shards = []
-    for header in component.shards:
+    for header in component.shards.headers:
         tensors = tuple(
             TensorPlan(name=name, source=tensor, decision=_decide(name, tensor.spec, table, recipe))
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)

@@ -12,21 +12,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.checkpoint import (
-    INDEX_NAMES,
-    MANIFEST_NAME,
-    MARKER_NAME,
-    Component,
-    open_component,
-)
+from omni_convert.converter.checkpoint import Component, open_component
 from omni_convert.converter.compare import LayerComparison, compare_component
-from omni_convert.converter.files import processors, read_json
+from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.tables import format_table
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES
+from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
 
 
 @dataclass(frozen=True)
@@ -218,15 +213,15 @@ def _structure_problems(component: Component, config: QuantizationConfig, decisi
 
 def _index_problems(component: Component) -> list[str]:
     """``total_size`` and completeness of the index (that its names exist was checked when it was opened)."""
-    found = [name for name in INDEX_NAMES if (component.folder / name).is_file()]
-    if not found:
+    index_name = component.shards.index_name
+    if index_name is None:
         return []
-    index = read_json(component.folder / found[0])
+    weight_map, metadata = read_index(component.folder / index_name)
     names = {name for name, _, _ in component.tensors()}
     total = sum(tensor.spec.nbytes for _, tensor, _ in component.tensors())
-    problems = [f"{found[0]}: does not list {name}." for name in sorted(names - index["weight_map"].keys())]
-    if index.get("metadata", {}).get("total_size") != total:
-        problems.append(f"{found[0]}: total_size is {index['metadata'].get('total_size')}, expected {total}.")
+    problems = [f"{index_name}: does not list {name}." for name in sorted(names - weight_map.keys())]
+    if metadata.get("total_size") != total:
+        problems.append(f"{index_name}: total_size is {metadata.get('total_size')}, expected {total}.")
     return problems
 
 

@@ -5,7 +5,6 @@ No weight is read here. Everything that can be wrong with a checkpoint is found 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,7 @@ from typing import Any
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
-
-CONFIG_NAME = "config.json"
-MARKER_NAME = ".omni_convert.partial"  # in the root folder of a conversion that has not finished
-WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # Diffusers, Transformers
+from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +49,7 @@ def read_component(path: Path) -> Component:
             "it writes this file last."
         )
     config = read_json(config_path)
-    tensors = read_tensors(weight_files(path))
+    tensors = {name: tensor.spec for name, tensor, _ in read_shards(path).tensors()}
     announced = config.get("quantization_config")
     quantization = None
     if announced is not None:
@@ -62,38 +58,6 @@ def read_component(path: Path) -> Component:
         quantization = parse_config(announced, f"{config_path}: quantization_config")
         quantized_layers(tensors, quantization, str(path))
     return Component(path=path, config=config, tensors=tensors, quantization=quantization)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index names them; a folder without index has one file.
-
-    Raises:
-        OmniConvertError: no weights, more than one set of them, or a shard that the index names is missing.
-    """
-    indexes = [path / f"{name}.index.json" for name in WEIGHTS_NAMES if (path / f"{name}.index.json").is_file()]
-    single = [path / name for name in WEIGHTS_NAMES if (path / name).is_file()]
-    found = [*indexes, *single]
-    if len(found) != 1:
-        listed = " and ".join(file.name for file in found) if found else "none of them"
-        raise OmniConvertError(
-            f"{path}: found {listed}, expected exactly one of {', '.join(WEIGHTS_NAMES)} or their .index.json. "
-            + ("Remove the stale one." if found else "Convert or download the checkpoint again.")
-        )
-    if single:
-        return single
-    weight_map = read_json(indexes[0]).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise OmniConvertError(f"{indexes[0]}: has no weight_map, expected tensor names mapped to files.")
-    files: dict[str, set[str]] = {}
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
-            raise OmniConvertError(
-                f"{indexes[0]}: places tensor {tensor!r} in {name!r}, expected the plain name of a .safetensors file."
-            )
-        files.setdefault(name, set()).add(tensor)
-    for name, expected in files.items():
-        _check_shard(path / name, expected, indexes[0])
-    return [path / name for name in sorted(files)]
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, TensorSpec]:
@@ -149,36 +113,6 @@ def quantized_layers(
             "Convert the checkpoint again."
         )
     return {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        OmniConvertError: unreadable, not JSON, or not an object.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise OmniConvertError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise OmniConvertError(f"{path}: is not valid JSON ({str(error)[:200]}). Get the file again.") from error
-    if not isinstance(data, dict):
-        raise OmniConvertError(f"{path}: holds a JSON {type(data).__name__}, expected an object. Get the file again.")
-    return data
-
-
-def _check_shard(file: Path, expected: set[str], index: Path) -> None:
-    if not file.is_file():
-        raise OmniConvertError(
-            f"{file}: is missing, expected because {index.name} names it. Convert or download the checkpoint again."
-        )
-    missing = expected.difference(read_header(file).tensors)
-    if missing:
-        raise OmniConvertError(
-            f"{file}: has no tensor {min(missing)} ({len(missing)} missing), expected because {index.name} places it "
-            "there. Convert or download the checkpoint again."
-        )
 
 
 def _layer_shape(

@@ -14,9 +14,8 @@ import torch
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime.component import CONFIG_NAME, MARKER_NAME, Component, read_component, read_json
-
-PIPELINE_INDEX = "model_index.json"
+from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
+from omni_convert.runtime.component import Component, read_component
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

@@ -1,4 +1,4 @@
-"""Teaches Transformers to load quantized checkpoints; registers itself when ``transformers.quantizers.auto`` is imported."""
+"""Teaches Transformers to load quantized checkpoints; registers itself once the library is imported."""
 
 from __future__ import annotations
 
