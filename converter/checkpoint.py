@@ -146,6 +146,8 @@ def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) 
             continue
         if relative == MANIFEST_NAME:
             left_out[relative] = "manifest of an earlier conversion"
+        elif relative.endswith(MARKER_NAME):
+            left_out[relative] = "unfinished file of a conversion"
         elif path.parent in folders and is_alternative_weights(path.name):
             left_out[relative] = "another copy of the unquantized weights"
         else:
@@ -165,6 +167,10 @@ def _walk(root: Path) -> Iterator[Path]:
                 )
         for name in sorted(files):
             path = Path(folder) / name
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise OmniConvertError(f"{str(path)!a}: its name is not Unicode. Rename the file.") from error
             if not path.is_file():
                 raise OmniConvertError(f"{path}: is a broken link or a special file, expected a file. Remove it.")
             yield path

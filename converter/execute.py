@@ -58,10 +58,11 @@ class _Job:
 
 
 class _Source:
-    """A source file, opened when first needed, closed when the run ends."""
+    """A source file of which ``size`` bytes will be read, each once: open from the first of them to the last."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int) -> None:
         self.path = path
+        self._left = size
         self._fd: int | None = None
         self._lock = Lock()
 
@@ -71,12 +72,19 @@ class _Source:
                 try:
                     self._fd = os.open(self.path, os.O_RDONLY)
                 except OSError as error:
-                    raise OmniConvertError(f"{self.path}: cannot be opened ({error.strerror}).") from error
+                    raise OmniConvertError(
+                        f"{self.path}: cannot be opened ({error.strerror}). Check its rights, then run again."
+                    ) from error
         read_into(self._fd, buffer, offset, self.path)
+        with self._lock:
+            self._left -= len(buffer)
+            if not self._left:
+                self.close()
 
     def close(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
+            self._fd = None
 
 
 @dataclass
@@ -88,8 +96,8 @@ class _Work:
     sources: list[_Source] = field(default_factory=list)
     errors: dict[tuple[str, str], LayerError] = field(default_factory=dict)
 
-    def open_source(self, path: Path) -> _Source:
-        self.sources.append(_Source(path))
+    def add_source(self, path: Path, size: int) -> _Source:
+        self.sources.append(_Source(path, size))
         return self.sources[-1]
 
 
@@ -146,7 +154,7 @@ def scale_bytes(plan: Plan) -> int:
 
 
 def _add_shard(work: _Work, component: str, shard: ShardPlan, relative: str, out: Path) -> None:
-    source = work.open_source(shard.source.path)
+    source = work.add_source(shard.source.path, sum(tensor.source.spec.nbytes for tensor in shard.tensors))
     spans: list[tuple[int, int]] = [(0, len(shard.header))]
     first_span: dict[str, int] = {}
     offset = len(shard.header)
@@ -186,7 +194,9 @@ def _add_copy(work: _Work, path: Path, relative: str, out: Path, link: bool) -> 
     spans = [(at, min(JOB_BYTES, size - at)) for at in range(0, size, JOB_BYTES)] or [(0, 0)]
     file = OutputFile(out / relative, spans, link_to=path if link else None)
     work.outputs[relative] = file
-    work.jobs += _copy_jobs(work.open_source(path), 0, size, file, 0) or [_Job(0, lambda _buffer: file.write(0, b""))]
+    work.jobs += _copy_jobs(work.add_source(path, size), 0, size, file, 0) or [
+        _Job(0, lambda _buffer: file.write(0, b""))
+    ]
 
 
 def _copy_jobs(source: _Source, start: int, nbytes: int, file: OutputFile, span: int) -> list[_Job]:

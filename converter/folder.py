@@ -44,7 +44,8 @@ class OutputFolder:
         self._check_contents()
         needed = sum(shard.size for component in self.plan.components for shard in component.shards)
         needed += 0 if linked else self.plan.bytes_copied
-        reusable = sum(_size(self.path / name) for name in (*self.files, *self._stale))
+        replaced = (*self.files, *self._stale, *(name + PARTIAL_SUFFIX for name in self.files))
+        reusable = sum(_size(self.path / name) for name in replaced)
         free = shutil.disk_usage(_existing_parent(self.path)).free
         if needed > free + reusable:
             raise OmniConvertError(
@@ -110,7 +111,10 @@ class OutputFolder:
             raise OmniConvertError(
                 f"{self.path}: is not empty, expected an empty or new folder. Choose another, or pass --overwrite."
             )
-        if _marker_job(marker) != self.job:
+        job = _marker_job(marker)
+        if job is None and len(list(self.path.iterdir())) == 1:
+            return  # killed while the marker was written: nothing else has happened yet
+        if job != self.job:
             raise OmniConvertError(
                 f"{self.path}: holds the unfinished output of another conversion (another source, recipe or "
                 "version). Finish that one, choose another folder, or pass --overwrite."
@@ -159,7 +163,7 @@ def _seal_names(plan: Plan) -> list[str]:
 def _marker_job(marker: Path) -> object:
     try:
         return json.loads(marker.read_bytes())
-    except ValueError:  # killed while the marker was written: nothing else is there yet
+    except ValueError:
         return None
 
 

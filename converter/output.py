@@ -10,7 +10,8 @@ from threading import Lock
 
 from omni_convert.formats.errors import OmniConvertError
 
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".omni_convert.partial"
+"""Marks a file that is not whole yet."""
 
 
 def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -88,7 +89,7 @@ class OutputFile:
                         self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
                     else:
                         self.partial_path.unlink(missing_ok=True)
-                        os.link(self._link_to, self.partial_path)
+                        os.link(self._link_to.resolve(), self.partial_path)  # the file, not a link to it
                         self._fd = os.open(self.partial_path, os.O_RDONLY)
                 except OSError as error:
                     raise self._error(error) from error

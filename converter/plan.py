@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.recipe import Recipe, check_patterns
+from omni_convert.converter.recipe import Pattern, Recipe, check_patterns
 from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError, UsageError
@@ -154,7 +154,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    """UTF-8; a half of a surrogate pair, which JSON can hold and UTF-8 cannot, stays an escape."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _layer_names(component: Component) -> Iterator[str]:
@@ -224,26 +225,38 @@ def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Rec
     role = table.role(layer, recipe.method) if table else guess_role(layer)
     if not role.is_linear:
         return keep(role.reason)
-    group = table.group(layer) if table else None
-    names = (layer, group[0]) if group else (layer,)
     for pattern in recipe.ignore:
-        if any(pattern.matches(candidate) for candidate in names):
+        if pattern.matches(_known_as(pattern, layer, table)):
             return keep(f"--ignore {pattern}")
     refusal = recipe.format.refusal(spec.shape)
     return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
 
 
+def _known_as(pattern: Pattern, layer: str, table: Architecture | None) -> str:
+    """The name by which a pattern sees a layer: an engine's fused name if it means no member by its own name.
+
+    So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
+    """
+    group = table.group(layer) if table else None
+    if group is None or any(pattern.matches(member) for member in group[1]):
+        return layer
+    return group[0]
+
+
 def _check_groups(table: Architecture, tensors: Sequence[TensorPlan]) -> None:
     """Engines run a fused group as one matrix: all of it is quantized, or none."""
-    decided = {tensor.layer: tensor.decision.format for tensor in tensors if tensor.name.endswith(".weight")}
-    for layer, fmt in decided.items():
+    decided = {tensor.layer: tensor.decision for tensor in tensors if tensor.name.endswith(".weight")}
+    for layer, decision in decided.items():
         group = table.group(layer)
-        others = [member for member in group[1] if member in decided and decided[member] != fmt] if group else []
-        if group and fmt and others:
-            raise UsageError(
-                f"--ignore keeps {others[0]} but not {layer}. Engines fuse both into {group[0]}, which is quantized "
-                f"as a whole or not at all: ignore {group[0].rsplit('.', 1)[-1]}, or none of its parts."
-            )
+        if group is None or decision.format is None:
+            continue
+        for member in group[1]:
+            if member in decided and decided[member].format is None:
+                raise UsageError(
+                    f"{member} is kept ({decided[member].reason}) but {layer} is not. Engines fuse both into "
+                    f"{group[0]}, which is quantized as a whole or not at all: "
+                    f"--ignore {group[0].rsplit('.', 1)[-1]}, or none of its parts."
+                )
 
 
 def _ignored_layers(tensors: Sequence[TensorPlan], table: Architecture | None) -> tuple[str, ...]:

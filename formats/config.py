@@ -30,9 +30,9 @@ def parse_config(data: Mapping[str, Any], where: str = "quantization_config") ->
         OmniConvertError: unknown method, missing serialized flag, unknown key, or a value of the wrong kind.
     """
     method = data.get("quant_method", data.get("method"))
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise OmniConvertError(f"{where}: quant_method is {method!r}, expected one of {', '.join(FORMATS)}.")
-    fmt = FORMATS[str(method)]
+    fmt = FORMATS[method]
     ignored = data.get("ignored_layers") or ()
     if not isinstance(ignored, (list, tuple)) or not all(isinstance(name, str) for name in ignored):
         raise OmniConvertError(f"{where}: ignored_layers is {ignored!r}, expected a list of layer names.")

@@ -102,7 +102,7 @@ def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]
         end = begin + spec.nbytes
         entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
         begin = end
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode(errors="backslashreplace")
     raw += b" " * (-len(raw) % ALIGNMENT)
     if len(raw) > MAX_HEADER_BYTES:
         raise OmniConvertError(

@@ -5,8 +5,9 @@
 | weight       | int8    | (N, K) | codes, symmetric, in [-127, 127]               |
 | weight_scale | float32 | (N, 1) | w = weight * weight_scale                      |
 
-scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. A row of zeros (or one so
-small that its scale underflows) gets scale 1.0 and codes 0. Activations are quantized at run time, symmetric,
+scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. A row of zeros gets scale 1.0 and
+codes 0. At the ends of float32 the scale moves by one unit in the last place: up where it is so small that rounding it
+would clip the row, down where 127 * scale would overflow. Activations are quantized at run time, symmetric,
 one scale per token; no tensor is stored for them. The bias stays as it is.
 
     {"quant_method": "int8", "is_checkpoint_int8_serialized": true, "activation_scheme": "dynamic",
@@ -53,8 +54,12 @@ class Int8:
         import torch
 
         w = weight.to(torch.float32)
-        scale = w.abs().amax(dim=1, keepdim=True) / QMAX
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        amax = w.abs().amax(dim=1, keepdim=True)
+        scale = amax / QMAX
+        up, down = (torch.nextafter(scale, torch.full_like(scale, end)) for end in (torch.inf, 0.0))
+        scale = torch.where(amax / scale > QMAX + 0.5, up, scale)
+        scale = torch.where((scale * QMAX).isinf(), down, scale)
+        scale = torch.where(amax == 0, 1.0, scale)
         codes = (w / scale).clamp_(-QMAX, QMAX).round_().to(torch.int8)
         return {"weight": codes, "weight_scale": scale}
 

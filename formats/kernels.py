@@ -71,6 +71,19 @@ def _amax(row: Any) -> Any:
 
 
 @numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+def _int8_step(amax: Any) -> Any:
+    """Scale of a row, with the corrections at the ends of float32 that ``int8`` states."""
+    step = amax / np.float32(127)
+    if amax == 0:
+        return np.float32(1)
+    if amax / step > np.float32(127.5):
+        return np.nextafter(step, np.float32(np.inf))
+    if np.isinf(step * np.float32(127)):
+        return np.nextafter(step, np.float32(0))
+    return step
+
+
+@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
 def _int8(bits: Any, step: Any) -> tuple[np.int8, np.float32, np.float32]:
     """Code, value and rounding error of one weight; the latter two in units of the step."""
     value = min(max(_widen(bits) / step, np.float32(-127)), np.float32(127))
@@ -89,9 +102,7 @@ def _int8_rows(bits: Any, codes: Any, scale: Any, power: Any) -> int:
         amax = _amax(bits[n])
         if not np.isfinite(amax):
             return n
-        step = amax / np.float32(127)
-        if step == 0:
-            step = np.float32(1)
+        step = _int8_step(amax)
         scale[n, 0] = step
         noise[:] = 0
         signal[:] = 0
