@@ -10,7 +10,7 @@ from typing import Any
 
 from omni_convert.converter.convert import Report
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
-from omni_convert.converter.tables import format_bytes, format_table
+from omni_convert.converter.tables import format_bytes, format_db, format_table
 
 
 @dataclass
@@ -98,10 +98,10 @@ def report_text(report: Report) -> str:
         ["bits per weight", f"{report.bits_per_weight:.2f}"],
         ["copied unchanged", format_bytes(report.bytes_copied)],
         ["elapsed", f"{report.seconds:.2f} s ({report.gigabytes_per_second:.2f} GB/s read)"],
-        ["mean SQNR", f"{report.mean_sqnr_db:.2f} dB"],
+        ["mean SQNR", format_db(report.mean_sqnr_db)],
     ]
     for place, (layer, value) in enumerate(report.worst()):
-        rows.append(["worst SQNR" if place == 0 else "", f"{value:.2f} dB  {layer}"])
+        rows.append(["worst SQNR" if place == 0 else "", f"{format_db(value)}  {layer}"])
     rows.append(["written to", str(report.out)])
     return format_table(rows, header=False)
 

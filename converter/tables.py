@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -12,6 +13,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def format_db(value: float) -> str:
+    """A signal-to-noise ratio; infinite where nothing was lost."""
+    return f"{value:.2f} dB" if math.isfinite(value) else "exact"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), header: bool = True) -> str:

@@ -5,6 +5,7 @@ It shares no code with the writer beyond the header reader and the format's cont
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
-from omni_convert.converter.tables import format_table
+from omni_convert.converter.tables import format_db, format_table
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES
@@ -63,9 +64,10 @@ class Verification:
                 lines.append(f"  {check.name}: ... and {len(check.problems) - 10} more (--json lists all)")
         if self.layers:
             worst = sorted(self.layers, key=lambda item: item.sqnr_db)[:3]
-            mean = sum(item.sqnr_db for item in self.layers) / len(self.layers)
-            lines.append(f"mean SQNR {mean:.2f} dB over {len(self.layers)} layers; worst:")
-            lines += [f"  {item.sqnr_db:.2f} dB  {item.layer}" for item in worst]
+            lossy = [item.sqnr_db for item in self.layers if math.isfinite(item.sqnr_db)]
+            mean = sum(lossy) / len(lossy) if lossy else math.inf
+            lines.append(f"mean SQNR {format_db(mean)} over {len(self.layers)} layers; worst:")
+            lines += [f"  {format_db(item.sqnr_db)}  {item.layer}" for item in worst]
         lines.append(f"{self.path}: {'verified' if self.ok else 'NOT what it should be'}")
         return "\n".join(lines)
 
@@ -85,7 +87,7 @@ def verify(
     components = {name: open_component(root, name) for name in manifest["components"]}
     for name, component in components.items():
         entry = manifest["components"][name]
-        result.checks += _check_component(component, entry["tensors"], _title(name, component))
+        result.checks += _check_component(component, entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
         result.checks.append(_check_source(original, manifest["source"]))
@@ -265,12 +267,12 @@ def _compare(result: Verification, original: Path, component: Component, name: s
     (source,) = open_checkpoint(original, names).components
     config = parse_config((component.config or {})["quantization_config"])
     layers, problems = compare_component(source, component, config.format)
-    title = _title(name, component)
+    title = _title(name)
     result.layers += layers
     result.checks.append(
         Check(f"{title} values", f"{len(layers)} layers dequantized, the rest compared", tuple(problems))
     )
 
 
-def _title(name: str, component: Component) -> str:
-    return name or component.class_name
+def _title(name: str) -> str:
+    return name or "model"
