@@ -18,6 +18,7 @@ from omni_convert.formats.layout import (
     PIPELINE_INDEX,
     Shards,
     is_pickle,
+    is_plain_name,
     pickle_message,
     read_json,
     read_shards,
@@ -40,8 +41,9 @@ class Component:
     def class_name(self) -> str:
         """The model class as the config names it, or "unknown"."""
         config = self.config or {}
-        architectures = config.get("architectures") or [None]
-        return str(config.get("_class_name") or architectures[0] or config.get("model_type") or "unknown")
+        architectures = config.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        return str(config.get("_class_name") or first or config.get("model_type") or "unknown")
 
     def tensors(self) -> Iterator[tuple[str, StoredTensor, Header]]:
         return self.shards.tensors()
@@ -120,7 +122,11 @@ def _refuse_components(path: Path, components: Sequence[str]) -> None:
 
 def _pipeline_components(path: Path, wanted: Sequence[str]) -> list[str]:
     listed = read_json(path / PIPELINE_INDEX)
-    known = [name for name, value in listed.items() if isinstance(value, list) and (path / name).is_dir()]
+    known = [
+        name
+        for name, value in listed.items()
+        if isinstance(value, list) and is_plain_name(name) and (path / name).is_dir()
+    ]
     with_weights = [name for name in known if any((path / name).glob("*.safetensors"))]
     if missing := [name for name in wanted if name not in known]:
         raise UsageError(f"--component {missing[0]}: the pipeline {path} has {', '.join(known) or 'no components'}.")

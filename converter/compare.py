@@ -84,7 +84,7 @@ def _compare_layer(
             for suffix, (part, header) in parts.items()
         }
         error = fmt.dequantize_rows(ours) - weight
-        largest = max(largest, float(np.max(np.abs(error) / fmt.step(ours))))
+        largest = float(np.maximum(largest, np.max(np.abs(error) / fmt.step(ours))))  # NaN stays NaN
         signal += float(np.sum(np.square(weight, dtype=np.float64)))
         noise += float(np.sum(np.square(error, dtype=np.float64)))
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf

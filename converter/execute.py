@@ -22,7 +22,7 @@ from omni_convert.converter.output import OutputFile, read_into
 from omni_convert.converter.plan import Plan, ShardPlan, TensorPlan
 from omni_convert.formats.base import Format
 from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 
 JOB_BYTES = 4 << 20
 """Source bytes of one job: large enough to hide the calls, small enough to stay in the last-level cache."""
@@ -261,9 +261,10 @@ class _WeightWriter:
             bad = self.format.quantize_rows(bits, spec.dtype, out, self.power[start:stop])
             if bad is not None:
                 raise OmniConvertError(
-                    f"{self.source.path}: tensor {self.tensor.name} holds NaN or Inf at row {start + bad.row}, column "
-                    f"{bad.column}, expected finite weights. The checkpoint is damaged: download it again, or leave "
-                    f"this layer as it is with --ignore {self.tensor.layer}."
+                    f"{self.source.path}: tensor {printable(self.tensor.name)} holds NaN or Inf at row "
+                    f"{start + bad.row}, column {bad.column}, expected finite weights. The checkpoint is damaged: "
+                    "download it again, or leave this layer as it is with --ignore "
+                    f"{printable(self.tensor.layer)}."
                 )
             self.file.write(span, codes.data.cast("B"))
             self._finish_rows()

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ from omni_convert.converter.checkpoint import Checkpoint
 from omni_convert.converter.output import PARTIAL_SUFFIX
 from omni_convert.converter.plan import Plan, encode_json
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
+from omni_convert.formats.layout import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    MARKER_NAME,
+    PIPELINE_INDEX,
+    is_plain_name,
+    read_json,
+)
 
 
 class OutputFolder:
@@ -41,6 +49,7 @@ class OutputFolder:
             OmniConvertError: the folder holds something else, overlaps the source, or the disk is too small.
         """
         self._check_place()
+        self._check_obstacles()
         self._check_contents()
         needed = sum(shard.size for component in self.plan.components for shard in component.shards)
         needed += 0 if linked else self.plan.bytes_copied
@@ -58,8 +67,8 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / MARKER_NAME).write_bytes(encode_json(self.job))
         for name in (*reversed(self.seals), *self._stale, *self.files):
-            (self.path / name).unlink(missing_ok=True)
-            (self.path / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
+            _remove(self.path / name)
+            _remove(self.path / (name + PARTIAL_SUFFIX))
         for name in self.files:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
 
@@ -77,9 +86,9 @@ class OutputFolder:
         if not self.path.is_dir():
             return
         for name in (*reversed(self.seals), *self.files):
-            (self.path / name).unlink(missing_ok=True)
-            (self.path / (name + PARTIAL_SUFFIX)).unlink(missing_ok=True)
-        (self.path / MARKER_NAME).unlink(missing_ok=True)
+            _remove(self.path / name)
+            _remove(self.path / (name + PARTIAL_SUFFIX))
+        _remove(self.path / MARKER_NAME)
         folders = {parent for name in self.files for parent in (self.path / name).parents}
         for folder in sorted(folders, key=lambda item: -len(item.parts)):
             if folder.is_relative_to(self.path) and folder.is_dir() and not any(folder.iterdir()):
@@ -99,6 +108,17 @@ class OutputFolder:
             folder = _existing_parent((self.path / name).parent).resolve()
             if folder.is_relative_to(source) and not single:
                 raise OmniConvertError(f"{self.path / name}: leads into the source {source}. Choose an empty folder.")
+
+    def _check_obstacles(self) -> None:
+        """No folder where a file must go, and no file where a folder must."""
+        for name in self.files:
+            path = self.path / name
+            blocked = path if path.is_dir() else next((p for p in path.parents if p.exists() and not p.is_dir()), None)
+            if blocked:
+                raise OmniConvertError(
+                    f"{blocked}: stands in the way of {path}: found a {'folder' if blocked == path else 'file'} there. "
+                    "Remove it, or choose another folder."
+                )
 
     def _check_contents(self) -> None:
         if not self.path.is_dir() or not any(self.path.iterdir()):
@@ -123,8 +143,9 @@ class OutputFolder:
     def _stale_files(self) -> list[str]:
         """Files of an earlier conversion that this one does not replace; weights of others are not touched."""
         manifest = self.path / MANIFEST_NAME
-        earlier = read_json(manifest).get("files", {}) if manifest.is_file() else {}
-        stale = [name for name in earlier if name not in self.files and ".." not in Path(name).parts]
+        earlier = read_json(manifest).get("files") if manifest.is_file() else None
+        names = earlier if isinstance(earlier, dict) else {}
+        stale = [name for name in names if name not in self.files and all(map(is_plain_name, name.split("/")))]
         for component in self.plan.components:
             folder = self.path / component.component.name
             for item in folder.glob("*.safetensors"):
@@ -165,6 +186,12 @@ def _marker_job(marker: Path) -> object:
         return json.loads(marker.read_bytes())
     except ValueError:
         return None
+
+
+def _remove(path: Path) -> None:
+    """Delete a file of ours; what is not there, or is a folder, is not ours."""
+    with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        path.unlink()
 
 
 def _existing_parent(path: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.execute import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
+from omni_convert.formats.header import hash_header
 from omni_convert.formats.layout import CONFIG_NAME
 
 HASH_BYTES = 4 << 20
@@ -57,6 +58,9 @@ def _source_files(
     entries: dict[str, Any] = {}
     for name in checkpoint.others:
         entries[name] = _stat(checkpoint.root / name)
+        header_sha256 = hash_header(checkpoint.root / name) if name.endswith(".safetensors") else None
+        if header_sha256:
+            entries[name]["header_sha256"] = header_sha256
         if hash_source:
             entries[name]["sha256"] = outputs[name][0]  # it arrived unchanged
     for component in checkpoint.components:

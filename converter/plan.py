@@ -13,7 +13,7 @@ from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.recipe import Pattern, Recipe, check_patterns
 from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
 from omni_convert.formats.base import Format
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import FLOAT_DTYPES, Header, StoredTensor, TensorSpec, aligned_order, encode_header
 
 _QUANTIZED_NAME = re.compile(
@@ -183,7 +183,7 @@ def _refuse_quantized(component: Component) -> None:
         is_codes = name.endswith(".weight") and _CODE_DTYPES.match(tensor.spec.dtype)
         if is_codes or _QUANTIZED_NAME.search(name):
             raise OmniConvertError(
-                f"{shard.path}: the source is already quantized (tensor {name} holds {tensor.spec.dtype} "
+                f"{shard.path}: the source is already quantized (tensor {printable(name)} holds {tensor.spec.dtype} "
                 f"{tensor.spec.shape}), expected BF16, FP16 or FP32 weights. {remedy}"
             )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from omni_convert.formats.errors import printable
+
 
 def format_bytes(count: float) -> str:
     """Decimal units, as disks and progress bars count: 1.5 GB."""
@@ -22,6 +24,7 @@ def format_db(value: float) -> str:
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), header: bool = True) -> str:
     """Columns padded to their widest cell; ``right`` names the columns that align right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

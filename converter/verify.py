@@ -21,7 +21,7 @@ from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.tables import format_db, format_table
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.header import FLOAT_DTYPES
+from omni_convert.formats.header import FLOAT_DTYPES, hash_header
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
 
 
@@ -166,7 +166,7 @@ def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], 
 
 
 def _check_component(component: Component, decisions: Mapping[str, Any], title: str) -> list[Check]:
-    raw = (component.config or {}).get("quantization_config") or {}
+    raw = (component.config or {}).get("quantization_config")
     try:
         config = parse_config(raw, f"{component.relative('config.json')}: quantization_config")
     except OmniConvertError as error:
@@ -245,8 +245,6 @@ def _check_scales(component: Component, config: QuantizationConfig, title: str) 
 
 def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
     """Whether ``root`` is the source that the manifest names: sizes and headers of every weight file."""
-    from omni_convert.formats.header import read_header
-
     base = root.parent if root.is_file() else root
     problems: list[str] = []
     for name, entry in recorded["files"].items():
@@ -255,7 +253,7 @@ def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
             problems.append(f"{name}: is not in the source {root}.")
         elif path.stat().st_size != entry["size"]:
             problems.append(f"{name}: has {path.stat().st_size} bytes in the source, {entry['size']} when converted.")
-        elif "header_sha256" in entry and read_header(path).sha256 != entry["header_sha256"]:
+        elif "header_sha256" in entry and hash_header(path) != entry["header_sha256"]:
             problems.append(f"{name}: its header differs from the one that was converted.")
     return Check("source", f"{len(recorded['files'])} files by size, weights by header", tuple(problems))
 
@@ -265,7 +263,7 @@ def _compare(result: Verification, original: Path, component: Component, name: s
 
     names = () if component.name == "" else (component.name,)
     (source,) = open_checkpoint(original, names).components
-    config = parse_config((component.config or {})["quantization_config"])
+    config = parse_config((component.config or {}).get("quantization_config"))
     layers, problems = compare_component(source, component, config.format)
     title = _title(name)
     result.layers += layers

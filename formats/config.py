@@ -8,7 +8,7 @@ from typing import Any
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,14 @@ class QuantizationConfig:
         return self.format.config(self.ignored_layers)
 
 
-def parse_config(data: Mapping[str, Any], where: str = "quantization_config") -> QuantizationConfig:
+def parse_config(data: object, where: str = "quantization_config") -> QuantizationConfig:
     """Read a ``quantization_config`` that announces one of our formats, already quantized on disk.
 
     Raises:
         OmniConvertError: unknown method, missing serialized flag, unknown key, or a value of the wrong kind.
     """
+    if not isinstance(data, Mapping):
+        raise OmniConvertError(f"{where}: found {printable(data)}, expected an object. Convert the checkpoint again.")
     method = data.get("quant_method", data.get("method"))
     if not isinstance(method, str) or method not in FORMATS:
         raise OmniConvertError(f"{where}: quant_method is {method!r}, expected one of {', '.join(FORMATS)}.")

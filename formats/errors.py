@@ -9,3 +9,11 @@ class OmniConvertError(Exception):
 
 class UsageError(OmniConvertError):
     """The request itself is wrong (an option, a pattern, a combination): the command line exits with 2."""
+
+
+def printable(value: object, limit: int = 120) -> str:
+    """Text from a file that is not trusted, fit for one line of a message: escaped, and cut after ``limit``."""
+    text = value if isinstance(value, str) else repr(value)
+    if not text.isprintable():
+        text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

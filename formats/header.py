@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ALIGNMENT = 8
@@ -94,6 +94,15 @@ def read_header(path: Path) -> Header:
     )
 
 
+def hash_header(path: Path) -> str | None:
+    """sha256 of a safetensors file's length field and JSON, as in ``Header``; None if it has no whole header."""
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        raw = file.read(length) if len(prefix) == 8 and length <= MAX_HEADER_BYTES else b""
+    return hashlib.sha256(prefix + raw).hexdigest() if raw and len(raw) == length else None
+
+
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Length field and JSON for ``tensors`` laid out in the given order, padded with spaces to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -152,14 +161,19 @@ def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]
         if len(found) != len(pairs):
             seen: set[str] = set()
             name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the name {_short(name)} appears twice")
+            raise ValueError(f"the name {printable(name)} appears twice")
         return found
+
+    def encodable(names: Iterable[str]) -> None:
+        for name in names:
+            name.encode()  # half a surrogate pair is legal JSON, but no text
 
     def constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        encodable(entries if isinstance(entries, dict) else ())
     except (ValueError, RecursionError) as error:
         raise OmniConvertError(
             f"{path}: the header is not valid JSON ({str(error)[:200]}). The file is damaged: download it again."
@@ -181,7 +195,7 @@ def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> di
         if begin != end:
             kind = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
             raise OmniConvertError(
-                f"{path}: tensor {_short(name)} starts at byte {begin} of the data, expected {end}: it {kind}. "
+                f"{path}: tensor {printable(name)} starts at byte {begin} of the data, expected {end}: it {kind}. "
                 "The file is damaged: download it again."
             )
         end = begin + spec.nbytes
@@ -196,7 +210,7 @@ def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> di
 def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int]:
     def bad(found: object, expected: str) -> OmniConvertError:
         return OmniConvertError(
-            f"{path}: tensor {_short(name)} has {_short(found)}, expected {expected}. "
+            f"{path}: tensor {printable(name)} has {printable(found)}, expected {expected}. "
             "The file is damaged: download it again."
         )
 
@@ -207,12 +221,14 @@ def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Ten
         raise bad(f"dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or len(shape) > 64 or not _natural(shape):
         raise bad(f"shape {shape!r}", "a list of at most 64 non-negative integers")
+    if math.prod(size for size in shape if size) >= 2**63:  # also beside a zero, which would hide it
+        raise bad(f"shape {shape!r}", "fewer than 2**63 elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not _natural(offsets):
         raise bad(f"data_offsets {offsets!r}", "two non-negative integers")
     begin, end = offsets
     if end > data_size:
         raise OmniConvertError(
-            f"{path}: tensor {_short(name)} ends at byte {end} of the data, but the data has {data_size} bytes. "
+            f"{path}: tensor {printable(name)} ends at byte {end} of the data, but the data has {data_size} bytes. "
             "The file is truncated or damaged: download it again."
         )
     spec = TensorSpec(dtype, tuple(shape))
@@ -224,9 +240,3 @@ def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Ten
 
 def _natural(values: Iterable[object]) -> bool:
     return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _short(value: object, limit: int = 120) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = text.encode("unicode_escape", "replace").decode("ascii")
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

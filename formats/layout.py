@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import Header, StoredTensor, read_header
 
 CONFIG_NAME = "config.json"
@@ -77,16 +77,13 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             f"{path}: found no weight_map, expected tensor names mapped to files. Download the index again."
         )
     if not isinstance(metadata, dict):
-        raise OmniConvertError(f"{path}: metadata is {metadata!r}, expected an object. Download the index again.")
+        raise OmniConvertError(
+            f"{path}: metadata is {printable(metadata)}, expected an object. Download the index again."
+        )
     for tensor, name in weight_map.items():
-        if (
-            not isinstance(name, str)
-            or not name.endswith(".safetensors")
-            or len(name) > 255
-            or any(char in name for char in "/\\\0:")
-        ):
+        if not is_plain_name(name) or not str(name).endswith(".safetensors"):
             raise OmniConvertError(
-                f"{path}: places tensor {tensor[:120]!r} in {str(name)[:200]!r}, expected the plain name of a "
+                f"{path}: places tensor {printable(tensor)} in {printable(name)}, expected the plain name of a "
                 ".safetensors file beside the index. The index is damaged or hostile: do not use it."
             )
     return weight_map, metadata
@@ -116,6 +113,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise OmniConvertError(f"{path}: found a JSON {type(data).__name__}, expected an object. Download it again.")
     return data
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether ``name`` can name a file or folder right here, on any system: no path, and not too long."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(char in name for char in "/\\\0:"):
+        return False
+    try:
+        return len(name.encode()) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def is_pickle(file_name: str) -> bool:
@@ -172,7 +179,7 @@ def _check_weight_map(path: Path, weight_map: Mapping[str, str], headers: Sequen
     for tensor, name in weight_map.items():
         if tensor not in by_name[name].tensors:
             raise OmniConvertError(
-                f"{path}: places tensor {tensor} in {name}, but that shard does not hold it. "
+                f"{path}: places tensor {printable(tensor)} in {name}, but that shard does not hold it. "
                 "Index and shards are of different versions: download the repository again."
             )
 
@@ -183,6 +190,6 @@ def _check_unique(folder: Path, shards: Shards) -> None:
         other = home.setdefault(tensor, header.path.name)
         if other != header.path.name:
             raise OmniConvertError(
-                f"{folder}: tensor {tensor} is in both {other} and {header.path.name}, expected it once. "
+                f"{folder}: tensor {printable(tensor)} is in both {other} and {header.path.name}, expected it once. "
                 "The shards are of different versions: download the repository again."
             )
