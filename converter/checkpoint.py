@@ -24,6 +24,7 @@ from omni_convert.formats.layout import (
     read_shards,
 )
 
+_NOT_A_MODEL = "{path}: is no .safetensors file, expected one, or a model folder. Check the path."
 DEFAULT_COMPONENTS = ("transformer", "transformer_2")
 _SKIPPED_FOLDERS = {".git": "version control", ".cache": "download cache", "__pycache__": "Python's cache"}
 
@@ -101,14 +102,17 @@ def open_component(root: Path, name: str) -> Component:
     """One component of a checkpoint folder, quantized or not; "" for the folder itself."""
     folder = root / name if name else root
     config_path = folder / CONFIG_NAME
-    config = read_json(config_path) if config_path.is_file() else None
+    config = None
+    if config_path.is_file():
+        check_inside(config_path, root)
+        config = read_json(config_path)
     shards = read_shards(folder, lambda path: check_inside(path, root))
     return Component(name=name, folder=folder, config=config, shards=shards)
 
 
 def _open_file(path: Path, components: Sequence[str]) -> Checkpoint:
     if path.suffix != ".safetensors":
-        raise OmniConvertError(pickle_message(path) if is_pickle(path.name) else f"{path}: not a .safetensors file.")
+        raise OmniConvertError(pickle_message(path) if is_pickle(path.name) else _NOT_A_MODEL.format(path=path))
     _refuse_components(path, components)
     shards = Shards(headers=(read_header(path),), index_name=None, index_metadata={})
     component = Component(name="", folder=path.parent, config=None, shards=shards)

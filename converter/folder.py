@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -41,6 +42,8 @@ class OutputFolder:
         shards = [c.component.relative(s.source.path.name) for c in plan.components for s in c.shards]
         self.files = [*shards, *self.copies, *self.seals]
         self._stale: list[str] = []
+        self._made: list[Path] = []
+        self._lock: int | None = None
 
     def check(self, *, linked: bool) -> None:
         """Everything that can be refused before a byte is written.
@@ -54,7 +57,7 @@ class OutputFolder:
         needed = sum(shard.size for component in self.plan.components for shard in component.shards)
         needed += 0 if linked else self.plan.bytes_copied
         replaced = (*self.files, *self._stale, *(name + PARTIAL_SUFFIX for name in self.files))
-        reusable = sum(_size(self.path / name) for name in replaced)
+        reusable = sum(_freed_bytes(self.path / name) for name in replaced)
         free = shutil.disk_usage(_existing_parent(self.path)).free
         if needed > free + reusable:
             raise OmniConvertError(
@@ -63,8 +66,14 @@ class OutputFolder:
             )
 
     def take(self) -> None:
-        """Mark the folder as unfinished, then clear what is to be replaced, seals first."""
+        """Mark the folder as unfinished, then clear what is to be replaced, seals first.
+
+        Raises:
+            OmniConvertError: another process holds the folder.
+        """
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock_marker()
         (self.path / MARKER_NAME).write_bytes(encode_json(self.job))
         for name in (*reversed(self.seals), *self._stale, *self.files):
             _remove(self.path / name)
@@ -80,10 +89,11 @@ class OutputFolder:
 
     def finish(self) -> None:
         (self.path / MARKER_NAME).unlink()
+        self._unlock()
 
     def give_back(self) -> None:
-        """Remove everything of this run: the folder is as empty as before."""
-        if not self.path.is_dir():
+        """Remove everything of this run, if the folder was taken: it is as empty as before."""
+        if self._lock is None:
             return
         for name in (*reversed(self.seals), *self.files):
             _remove(self.path / name)
@@ -93,6 +103,34 @@ class OutputFolder:
         for folder in sorted(folders, key=lambda item: -len(item.parts)):
             if folder.is_relative_to(self.path) and folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+        for folder in self._made:
+            with suppress(OSError):  # gone already, or in use by now
+                folder.rmdir()
+        self._unlock()
+
+    def _lock_marker(self) -> None:
+        """Hold the marker until ``finish`` or ``give_back``; the system lets go of it if this process dies."""
+        marker = self.path / MARKER_NAME
+        unfinished = marker.exists()
+        lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise OmniConvertError(
+                f"{self.path}: another conversion is writing there now, expected a folder of our own. "
+                "Wait until it is done, or choose another folder."
+            ) from error
+        if not unfinished and not self.overwrite and len(list(self.path.iterdir())) > 1:
+            marker.unlink()  # somebody finished here after we had looked
+            os.close(lock)
+            raise OmniConvertError(f"{self.path}: is not empty any more. Choose another folder, or pass --overwrite.")
+        self._lock = lock
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _check_place(self) -> None:
         source, out = self.plan.checkpoint.root.resolve(), self.path.resolve()
@@ -196,6 +234,11 @@ def _remove(path: Path) -> None:
 
 def _existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _freed_bytes(path: Path) -> int:
+    """What deleting a file frees: nothing while other hard links hold it."""
+    return _size(path) if path.is_file() and path.stat().st_nlink == 1 else 0
 
 
 def _size(path: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from omni_convert.formats.errors import OmniConvertError, printable
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ALIGNMENT = 8
 
@@ -164,16 +166,14 @@ def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]
             raise ValueError(f"the name {printable(name)} appears twice")
         return found
 
-    def encodable(names: Iterable[str]) -> None:
-        for name in names:
-            name.encode()  # half a surrogate pair is legal JSON, but no text
-
     def constant(text: str) -> None:
         raise ValueError(f"{text} is not JSON")
 
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-        encodable(entries if isinstance(entries, dict) else ())
+        text = raw.decode()
+        entries = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        if SURROGATE.search(text):  # legal JSON, but half of a pair is no text
+            json.dumps(entries, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise OmniConvertError(
             f"{path}: the header is not valid JSON ({str(error)[:200]}). The file is damaged: download it again."

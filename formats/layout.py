@@ -45,7 +45,7 @@ def read_shards(folder: Path, check: Callable[[Path], None] = lambda path: None)
 
     Args:
         folder: of one model, in the naming of Diffusers or Transformers, or with one safetensors file of any name.
-        check: called with every weight file before it is opened; raises to refuse it.
+        check: called with the index and every weight file before it is opened; raises to refuse it.
 
     Raises:
         OmniConvertError: no weights, more than one set of them, pickles only, a missing or malformed shard, an index
@@ -53,6 +53,7 @@ def read_shards(folder: Path, check: Callable[[Path], None] = lambda path: None)
     """
     index_name, single = _find_weights(folder)
     if index_name:
+        check(folder / index_name)
         weight_map, metadata = read_index(folder / index_name)
         headers = _read_headers(folder, sorted(set(weight_map.values())), check)
         _check_weight_map(folder / index_name, weight_map, headers)
@@ -116,13 +117,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether ``name`` can name a file or folder right here, on any system: no path, and not too long."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(char in name for char in "/\\\0:"):
+    """Whether ``name`` can name a file or folder right here, on any system: no path, printable, not too long."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(char in name for char in "/\\:"):
         return False
-    try:
-        return len(name.encode()) <= 255
-    except UnicodeEncodeError:
-        return False
+    return name.isprintable() and len(name.encode()) <= 255
 
 
 def is_pickle(file_name: str) -> bool:
@@ -165,9 +163,10 @@ def _read_headers(folder: Path, names: Sequence[str], check: Callable[[Path], No
     headers = []
     for name in names:
         path = folder / name
-        if not path.exists():
+        if not path.is_file():
+            found = "is no file" if path.exists() else "is missing"
             raise OmniConvertError(
-                f"{path}: is missing, expected because the index names it. The download is incomplete: fetch it."
+                f"{path}: {found}, expected a file because the index names it. The download is incomplete: fetch it."
             )
         check(path)
         headers.append(read_header(path))

@@ -43,9 +43,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-def load(
-    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> Any:
+def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
     """Load a converted checkpoint: a Diffusers pipeline or model, or a Transformers model, in eval mode.
 
     Args:

@@ -1,0 +1,216 @@
+"""The command line: exit codes, what goes to which stream, and how subcommands and folders are told apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hostile.small import random, snapshot, write_model, write_pipeline
+
+from omni_convert import __version__
+from omni_convert.converter import cli
+
+
+class Result(NamedTuple):
+    code: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """Runs the console script's entry point in this process."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capfd = capfd
+        self.monkeypatch = monkeypatch
+
+    def __call__(self, *args: object) -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["omni-convert", *map(str, args)])
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.run_main()
+        code = caught.value.code
+        assert isinstance(code, int)
+        return Result(code, *self.capfd.readouterr())
+
+    def fails(self, code: int, *args: object) -> str:
+        """Run it; returns the one paragraph that it must say on stderr, and nothing on stdout."""
+        result = self(*args)
+        assert (result.code, result.stdout) == (code, "")
+        assert "Traceback" not in result.stderr
+        return result.stderr
+
+
+@pytest.fixture
+def omni_convert(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(capfd, monkeypatch)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path / "model")
+
+
+def test_bare_form_and_subcommand(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    bare = omni_convert("--method", "int8", "--ignore", "img_mlp", source, tmp_path / "a")
+    assert bare.code == 0
+    assert "layers quantized" in bare.stdout
+    assert bare.stderr == ""
+    assert omni_convert("convert", source, tmp_path / "b", "--ignore=img_mlp", "--method=int8").code == 0
+    assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
+
+
+def test_json_report(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    result = omni_convert("--method", "int8", "--json", "--threads", 1, source, tmp_path / "out")
+    data = json.loads(result.stdout)
+    assert (result.code, data["layers"], data["out"]) == (0, 24, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_dry_run_writes_nothing(omni_convert: Command, source: Path, tmp_path: Path, as_json: bool) -> None:
+    before = snapshot(tmp_path)
+    result = omni_convert("--method", "int8", "--dry-run", *["--json"] * as_json, source, tmp_path / "out")
+    assert (result.code, result.stderr) == (0, "")
+    assert snapshot(tmp_path) == before
+    if as_json:
+        data = json.loads(result.stdout)
+        assert data["peak_memory"] > 0
+        assert data["disk_needed"] > data["bytes_after"]
+    else:
+        assert "peak memory" in result.stdout
+        assert "disk needed" in result.stdout
+
+
+def test_dry_run_reads_no_weights(
+    omni_convert: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr("omni_convert.converter.output.read_into", refuse)
+    monkeypatch.setattr(os, "preadv", refuse)
+    assert omni_convert("--method", "int8", "--dry-run", source, tmp_path / "out").code == 0
+
+
+def test_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert omni_convert("--method", "int8", "--link", "--hash-source", source, out).code == 0
+    assert (out / "README.md").samefile(source / "README.md")
+    assert "sha256" in json.loads((out / "omni_convert.json").read_text())["source"]["files"]["README.md"]
+    assert "not empty" in omni_convert.fails(1, "--method", "int8", source, out)
+    result = omni_convert("--method", "int8", "--overwrite", "--component", "text_encoder", source, out)
+    assert (result.code, result.stdout.split()[2]) == (0, "2")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--method", "int9", "model", "out"], "int9"),
+        (["model", "out"], "--method"),
+        (["--method", "int8", "model"], "OUT"),
+        (["--method", "int8", "model", "out", "more"], "more"),
+        (["--method", "int8", "--threads", "0", "model", "out"], "--threads"),
+        (["--method", "int8", "--nonsense", "model", "out"], "--nonsense"),
+        (["--method", "int8", "--ignore", "img_mpl", "model", "out"], "img_mlp"),
+        (["--method", "int8", "--ignore", "re:(", "model", "out"], "regular expression"),
+        (["--method", "int8", "--ignore", "", "model", "out"], "empty pattern"),
+        (["--method", "int8", "--ignore", "to_k", "model", "out"], "to_qkv"),
+        (["--method", "int8", "--component", "nothing", "model", "out"], "text_encoder"),
+        (["inspect"], "PATH"),
+        (["verify", "a", "b"], "b"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(
+    omni_convert: Command, source: Path, monkeypatch: pytest.MonkeyPatch, args: Sequence[str], expected: str
+) -> None:
+    monkeypatch.chdir(source.parent)
+    assert expected in omni_convert.fails(2, *args)
+    assert not (source.parent / "out").exists()
+
+
+def test_failure_exits_with_1(omni_convert: Command, tmp_path: Path) -> None:
+    weight = random(4, 4)
+    weight.bits[2, 1] = 0x7FC0
+    source = write_model(tmp_path / "model", {}, {"a.weight": weight})
+    message = omni_convert.fails(1, "--method", "int8", source, tmp_path / "out")
+    assert message.startswith("Error: ")
+    assert message.count("\n") == 1
+    assert "row 2, column 1" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["--method", "int8", "--dry-run"]], ids=" ".join)
+def test_absent_path(omni_convert: Command, tmp_path: Path, command: list[str]) -> None:
+    paths = [tmp_path / "absent"] + [tmp_path / "out"] * (command[0] == "--method")
+    assert str(tmp_path / "absent") in omni_convert.fails(1, *command, *paths)
+
+
+def test_inspect(omni_convert: Command, source: Path) -> None:
+    result = omni_convert("inspect", source)
+    assert (result.code, result.stderr) == (0, "")
+    assert "QwenImageTransformer2DModel" in result.stdout
+    assert len(json.loads(omni_convert("inspect", "--json", source).stdout)["components"]) == 2
+
+
+def test_verify(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    omni_convert("--method", "int8", source, out)
+    result = omni_convert("verify", out, "--source", source)
+    assert (result.code, result.stderr) == (0, "")
+    assert "mean SQNR" in result.stdout
+    assert json.loads(omni_convert("verify", "--json", out).stdout)["ok"] is True
+    (out / "README.md").write_text("other")
+    result = omni_convert("verify", out)
+    assert (result.code, result.stderr) == (1, "")
+    assert "README.md" in result.stdout
+    result = omni_convert("verify", "--json", out)
+    assert (result.code, json.loads(result.stdout)["ok"]) == (1, False)
+
+
+@pytest.mark.parametrize("name", ["verify", "inspect", "convert"])
+def test_folder_with_the_name_of_a_subcommand(
+    omni_convert: Command, source: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(source.parent)
+    shutil.move(source, source.with_name(name))
+    assert omni_convert(f"./{name}", "out", "--method", "int8").code == 0
+    assert Path("out/model_index.json").is_file()
+    assert omni_convert("--method", "int8", name, "out2").code == 0  # an option came first: no doubt
+    assert omni_convert("inspect", f"./{name}").code == 0
+
+
+def test_help_and_version(omni_convert: Command) -> None:
+    text = omni_convert("--help").stdout
+    for part in ("MODEL OUT", "--method", "--ignore", "--dry-run", "--link", "inspect", "verify", "Examples"):
+        assert part in text
+    assert omni_convert("--version").stdout.split() == ["omni-convert,", "version", __version__]
+    assert "--source" in omni_convert("verify", "-h").stdout
+
+
+def test_conversion_imports_neither_torch_nor_model_libraries(source: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from omni_convert.converter import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+        "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()), file=sys.stderr)"
+    )
+    for args in (
+        ["--method", "int8", source, tmp_path / "out"],
+        ["verify", tmp_path / "out", "--source", source],
+        ["inspect", tmp_path / "out"],
+    ):
+        result = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+        assert (result.returncode, result.stderr) == (0, "[]\n")
+
+
+def test_console_script(source: Path, tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("omni-convert")
+    result = subprocess.run([script, "inspect", tmp_path / "absent"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: ")

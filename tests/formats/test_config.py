@@ -1,0 +1,87 @@
+"""``quantization_config``: parsing and writing are inverse, and nothing else is accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from omni_convert.formats import FORMATS
+from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.errors import OmniConvertError
+
+GOOD: dict[str, Any] = {
+    "quant_method": "int8",
+    "is_checkpoint_int8_serialized": True,
+    "activation_scheme": "dynamic",
+    "ignored_layers": ["proj_out"],
+}
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.lists(st.text()))
+def test_parse_is_the_inverse_of_to_dict(name: str, ignored: list[str]) -> None:
+    config = QuantizationConfig(format=FORMATS[name], ignored_layers=tuple(ignored))
+    assert parse_config(config.to_dict()) == config
+    assert parse_config(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_int8_has_exactly_four_keys() -> None:
+    config = QuantizationConfig(format=FORMATS["int8"], ignored_layers=("proj_out",))
+    assert config.to_dict() == GOOD
+
+
+def test_formats_are_listed_by_their_own_name() -> None:
+    assert all(fmt.name == name for name, fmt in FORMATS.items())
+
+
+@pytest.mark.parametrize("ignored", [None, []])
+def test_no_ignored_layers(ignored: object) -> None:
+    assert parse_config(GOOD | {"ignored_layers": ignored}).ignored_layers == ()
+    without = {key: value for key, value in GOOD.items() if key != "ignored_layers"}
+    assert parse_config(without).ignored_layers == ()
+
+
+def test_older_name_of_the_method_key() -> None:
+    older = {("method" if key == "quant_method" else key): value for key, value in GOOD.items()}
+    assert parse_config(older) == parse_config(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"quant_method": "int9"}, "'int9'"),
+        ({"quant_method": None}, "None"),
+        ({"is_checkpoint_int8_serialized": False}, "False"),
+        ({"is_checkpoint_int8_serialized": "true"}, "'true'"),
+        ({"is_checkpoint_int8_serialized": 1}, "1"),
+        ({"activation_scheme": "static"}, "'static'"),
+        ({"ignored_layers": "proj_out"}, "'proj_out'"),
+        ({"ignored_layers": ["a", 1]}, "['a', 1]"),
+        ({"ignored_layers": {"a": 1}}, "{'a': 1}"),
+        ({"producer": "me"}, "producer='me'"),
+        ({"weight_block_size": None}, "weight_block_size=None"),
+    ],
+    ids=str,
+)
+def test_rejections_say_where_and_what(change: dict[str, Any], found: str) -> None:
+    with pytest.raises(OmniConvertError) as caught:
+        parse_config(GOOD | change, "here")
+    message = str(caught.value)
+    assert message.startswith("here: ")
+    assert found in message
+    assert next(iter(change)) in message
+    assert "expected" in message
+
+
+@pytest.mark.parametrize("key", ["quant_method", "is_checkpoint_int8_serialized"])
+def test_mandatory_keys(key: str) -> None:
+    with pytest.raises(OmniConvertError, match=key):
+        parse_config({name: value for name, value in GOOD.items() if name != key})
+
+
+@pytest.mark.parametrize("method", [["int8"], {"int8": 1}], ids=str)
+def test_method_that_is_no_text(method: object) -> None:
+    with pytest.raises(OmniConvertError, match="quant_method"):
+        parse_config(GOOD | {"quant_method": method})
