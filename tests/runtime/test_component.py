@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "extra key": (_edit_json("config.json", _set("quantization_config", "producer", value="x")), "producer='x'"),
     "entry a string": (_edit_json("config.json", _set("quantization_config", value="int8")), "expected an object"),
-    "missing shard": (lambda f: _first_shard(f).unlink(), "is missing, expected because"),
+    "missing shard": (lambda f: _first_shard(f).unlink(), "is missing, expected a file because"),
     "truncated shard": (lambda f: _first_shard(f).write_bytes(_first_shard(f).read_bytes()[:-1]), "truncated"),
     "missing scale": (_drop_scale, "places tensor .*_scale in"),
     "stale single file": (
