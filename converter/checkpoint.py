@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.files import check_inside, is_alternative_weights
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, read_header
 from omni_convert.formats.layout import (
     CONFIG_NAME,
     MANIFEST_NAME,
     MARKER_NAME,
     PIPELINE_INDEX,
+    WEIGHT_NAMES,
     Shards,
     is_pickle,
     is_plain_name,
     pickle_message,
+    read_index,
     read_json,
     read_shards,
 )
 
 _NOT_A_MODEL = "{path}: is no .safetensors file, expected one, or a model folder. Check the path."
+_SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DEFAULT_COMPONENTS = ("transformer", "transformer_2")
 _SKIPPED_FOLDERS = {".git": "version control", ".cache": "download cache", "__pycache__": "Python's cache"}
 
@@ -87,7 +91,13 @@ def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
         opened = tuple(open_component(path, name) for name in names)
         return _with_other_files(path, "pipeline", opened)
     _refuse_components(path, components)
-    return _with_other_files(path, "model", (open_component(path, ""),))
+    component = open_component(path, "")
+    if component.config is None:
+        raise OmniConvertError(
+            f"{path}: found no {CONFIG_NAME}, expected one beside the weights. The download is incomplete: fetch it. "
+            "To convert weights alone, name the .safetensors file."
+        )
+    return _with_other_files(path, "model", (component,))
 
 
 def find_components(path: Path) -> list[str]:
@@ -114,9 +124,22 @@ def _open_file(path: Path, components: Sequence[str]) -> Checkpoint:
     if path.suffix != ".safetensors":
         raise OmniConvertError(pickle_message(path) if is_pickle(path.name) else _NOT_A_MODEL.format(path=path))
     _refuse_components(path, components)
+    if _SHARD_NAME.search(path.name):
+        raise OmniConvertError(
+            f"{path}: is one shard of several, expected a whole model. Convert the folder {path.parent} instead."
+        )
     shards = Shards(headers=(read_header(path),), index_name=None, index_metadata={})
-    component = Component(name="", folder=path.parent, config=None, shards=shards)
+    component = Component(name="", folder=path.parent, config=_sibling_config(path), shards=shards)
     return Checkpoint(root=path.parent, kind="file", components=(component,), others={}, left_out={})
+
+
+def _sibling_config(path: Path) -> dict[str, Any] | None:
+    """The config that belongs to a file with one of the standard names; any other file stands alone."""
+    config_path = path.with_name(CONFIG_NAME)
+    if path.name not in WEIGHT_NAMES or not config_path.is_file():
+        return None
+    check_inside(config_path, path.parent)
+    return read_json(config_path)
 
 
 def _refuse_components(path: Path, components: Sequence[str]) -> None:
@@ -125,21 +148,44 @@ def _refuse_components(path: Path, components: Sequence[str]) -> None:
 
 
 def _pipeline_components(path: Path, wanted: Sequence[str]) -> list[str]:
-    listed = read_json(path / PIPELINE_INDEX)
-    known = [
-        name
-        for name, value in listed.items()
-        if isinstance(value, list) and is_plain_name(name) and (path / name).is_dir()
-    ]
-    with_weights = [name for name in known if any((path / name).glob("*.safetensors"))]
+    known = _listed_folders(path)
     if missing := [name for name in wanted if name not in known]:
         raise UsageError(f"--component {missing[0]}: the pipeline {path} has {', '.join(known) or 'no components'}.")
     names = list(dict.fromkeys(wanted)) or [name for name in DEFAULT_COMPONENTS if name in known]
     if not names:
+        with_weights = [name for name in known if any((path / name).glob("*.safetensors"))]
         raise UsageError(
             f"{path}: found no {' or '.join(DEFAULT_COMPONENTS)} in {PIPELINE_INDEX}. Name what to quantize with "
             f"--component, one of: {', '.join(with_weights) or 'none has safetensors weights'}."
         )
+    for name in names:
+        if not (path / name / CONFIG_NAME).is_file():
+            raise OmniConvertError(
+                f"{path / name}: found no {CONFIG_NAME}, expected one. The download is incomplete: fetch it."
+            )
+    return names
+
+
+def _listed_folders(path: Path) -> list[str]:
+    """The components of a pipeline; each must be there, with every shard that its index names."""
+    index = path / PIPELINE_INDEX
+    names = []
+    for name, value in read_json(index).items():
+        if not isinstance(value, list) or len(value) != 2 or not all(isinstance(part, str) for part in value):
+            continue
+        if not is_plain_name(name) or not (path / name).is_dir():
+            raise OmniConvertError(
+                f"{index}: lists {printable(name)}, but the pipeline has no such folder. The download is incomplete: "
+                "fetch it."
+            )
+        names.append(name)
+        for shard_index in (path / name).glob("*.safetensors.index*.json"):
+            for file_name in sorted(set(read_index(shard_index)[0].values())):
+                if not (path / name / file_name).is_file():
+                    raise OmniConvertError(
+                        f"{path / name / file_name}: is missing, expected because {shard_index.name} names it. "
+                        "The download is incomplete: fetch it."
+                    )
     return names
 
 

@@ -42,6 +42,7 @@ class Report:
     seconds: float
     gigabytes_per_second: float
     sqnr_db: dict[str, float]
+    left_out: dict[str, str]
 
     @property
     def mean_sqnr_db(self) -> float:
@@ -191,6 +192,7 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
             (f"{component}.{layer}" if several else layer): error.sqnr_db
             for (component, layer), error in outcome.errors.items()
         },
+        left_out=dict(plan.checkpoint.left_out),
     )
 
 

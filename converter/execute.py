@@ -264,7 +264,7 @@ class _WeightWriter:
                     f"{self.source.path}: tensor {printable(self.tensor.name)} holds NaN or Inf at row "
                     f"{start + bad.row}, column {bad.column}, expected finite weights. The checkpoint is damaged: "
                     "download it again, or leave this layer as it is with --ignore "
-                    f"{printable(self.tensor.layer)}."
+                    f"{printable(self.tensor.group or self.tensor.layer)}."
                 )
             self.file.write(span, codes.data.cast("B"))
             self._finish_rows()

@@ -11,6 +11,7 @@ from omni_convert.formats.errors import OmniConvertError
 _ALTERNATIVE = re.compile(
     r"^(diffusion_pytorch_model|pytorch_model|model)([.-].*)?\."
     r"(safetensors|bin|pt|pth|ckpt|(safetensors|bin)\.index(\.\w+)?\.json)$"
+    r"|^consolidated([.-].*)?\.safetensors$"
     r"|^(tf_model\.h5|flax_model\.msgpack|rust_model\.ot)$"
 )
 

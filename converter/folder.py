@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,22 @@ class OutputFolder:
                 "version). Finish that one, choose another folder, or pass --overwrite."
             )
 
+    def _check_weights_are_ours(self, earlier: Collection[str]) -> None:
+        """``--overwrite`` replaces conversions, never somebody's only copy of a model."""
+        for name in self.files:
+            if name.endswith(".safetensors") and name not in earlier and (self.path / name).exists():
+                raise OmniConvertError(
+                    f"{self.path / name}: was not written by omni-convert ({MANIFEST_NAME} does not list it), and "
+                    "--overwrite would replace it. Move it away, or choose another folder."
+                )
+
     def _stale_files(self) -> list[str]:
         """Files of an earlier conversion that this one does not replace; weights of others are not touched."""
         manifest = self.path / MANIFEST_NAME
         earlier = read_json(manifest).get("files") if manifest.is_file() else None
         names = earlier if isinstance(earlier, dict) else {}
+        if not (self.path / MARKER_NAME).is_file():
+            self._check_weights_are_ours(names)
         stale = [name for name in names if name not in self.files and all(map(is_plain_name, name.split("/")))]
         for component in self.plan.components:
             folder = self.path / component.component.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +37,8 @@ class TensorPlan:
     name: str
     source: StoredTensor
     decision: Decision
+    group: str | None = None
+    """The name under which an engine fuses this layer with others."""
 
     @property
     def layer(self) -> str:
@@ -146,11 +149,22 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     for part in plan.components:
         if not any(tensor.decision.format for tensor in part.tensors()):
             where = part.component.name or checkpoint.root.name
+            found = f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
+            if recipe.ignore:
+                raise UsageError(f"{found} with these --ignore patterns. Ignore less.")
             raise OmniConvertError(
-                f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
-                + (" with these --ignore patterns. Ignore less." if recipe.ignore else ": it holds no linear weights.")
+                f"{found}, expected linear weights that {recipe.method} can hold ({_reasons(part)}). "
+                "Leave this component as it is."
             )
     return plan
+
+
+def _reasons(part: ComponentPlan) -> str:
+    """The most frequent reasons why the matrices of a component are kept."""
+    reasons = Counter(
+        tensor.decision.reason for tensor in part.tensors() if len(tensor.source.spec.shape) > 1
+    ).most_common(3)
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons) or "it holds no matrices"
 
 
 def encode_json(data: Mapping[str, Any]) -> bytes:
@@ -160,7 +174,7 @@ def encode_json(data: Mapping[str, Any]) -> bytes:
 
 def _layer_names(component: Component) -> Iterator[str]:
     """Checkpoint names of the weights, and the names that engines give to fused matrices."""
-    table = find_architecture(component.config or {})
+    table = _find_table(component)
     for name, _, _ in component.tensors():
         if name.endswith(".weight"):
             yield name.removesuffix(".weight")
@@ -174,7 +188,8 @@ def _refuse_quantized(component: Component) -> None:
     remedy = "Convert the original BF16 checkpoint instead (the repository it was made from)."
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
-            method = config[key].get("quant_method") if isinstance(config[key], dict) else config[key]
+            entry = config[key]
+            method = entry.get("quant_method", entry.get("method")) if isinstance(entry, dict) else entry
             raise OmniConvertError(
                 f"{component.folder / 'config.json'}: the source is already quantized ({key} says {method!r}), "
                 f"expected BF16, FP16 or FP32 weights. {remedy}"
@@ -189,11 +204,16 @@ def _refuse_quantized(component: Component) -> None:
 
 
 def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
-    table = find_architecture(component.config or {})
+    table = _find_table(component)
     shards = []
     for header in component.shards.headers:
         tensors = tuple(
-            TensorPlan(name=name, source=tensor, decision=_decide(name, tensor.spec, table, recipe))
+            TensorPlan(
+                name=name,
+                source=tensor,
+                decision=_decide(name, tensor.spec, table, recipe),
+                group=_group_name(name, table),
+            )
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
         )
         layout = aligned_order({name: spec for tensor in tensors for name, spec in tensor.outputs.items()})
@@ -206,9 +226,18 @@ def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
         component=component,
         shards=tuple(shards),
         format=recipe.format,
-        ignored_layers=_ignored_layers(all_tensors, table),
+        ignored_layers=_ignored_layers(all_tensors),
         architecture=table.name if table else None,
     )
+
+
+def _find_table(component: Component) -> Architecture | None:
+    return find_architecture(component.config, [name.removesuffix(".weight") for name, _, _ in component.tensors()])
+
+
+def _group_name(name: str, table: Architecture | None) -> str | None:
+    group = table.group(name.removesuffix(".weight")) if table else None
+    return group[0] if group else None
 
 
 def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Recipe) -> Decision:
@@ -259,7 +288,7 @@ def _check_groups(table: Architecture, tensors: Sequence[TensorPlan]) -> None:
                 )
 
 
-def _ignored_layers(tensors: Sequence[TensorPlan], table: Architecture | None) -> tuple[str, ...]:
+def _ignored_layers(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     """Every matrix that stays unquantized, by its checkpoint name and by the name of its fused group.
 
     The config alone then tells a loader which linears to build quantized; names that match nothing do no harm.
@@ -269,9 +298,8 @@ def _ignored_layers(tensors: Sequence[TensorPlan], table: Architecture | None) -
         if tensor.decision.format or len(tensor.source.spec.shape) != 2 or not tensor.name.endswith(".weight"):
             continue
         names.add(tensor.layer)
-        group = table.group(tensor.layer) if table else None
-        if group:
-            names.add(group[0])
+        if tensor.group:
+            names.add(tensor.group)
     return tuple(sorted(names, key=natural_key))
 
 

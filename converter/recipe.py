@@ -101,4 +101,6 @@ def closest_names(text: str, layers: Iterable[str], count: int = 3) -> list[str]
     for layer in layers:
         candidates.add(re.sub(r"\d+", "*", layer))
         candidates.update(part for part in layer.split(".") if not part.isdigit())
-    return difflib.get_close_matches(text.removeprefix("re:"), sorted(candidates), n=count, cutoff=0.4)
+    wanted = text.removeprefix("re:").removesuffix(".weight").casefold()
+    by_folded = {candidate.casefold(): candidate for candidate in sorted(candidates)}
+    return [by_folded[name] for name in difflib.get_close_matches(wanted, by_folded, n=count, cutoff=0)]

@@ -102,6 +102,7 @@ def report_text(report: Report) -> str:
     ]
     for place, (layer, value) in enumerate(report.worst()):
         rows.append(["worst SQNR" if place == 0 else "", f"{format_db(value)}  {layer}"])
+    rows += [["left out", f"{name} ({why})"] for name, why in report.left_out.items()]
     rows.append(["written to", str(report.out)])
     return format_table(rows, header=False)
 

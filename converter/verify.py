@@ -84,10 +84,14 @@ def verify(
     manifest = _read_manifest(root)
     result = Verification(path=str(root))
     result.checks.append(_check_files(root, manifest["files"], progress))
-    components = {name: open_component(root, name) for name in manifest["components"]}
-    for name, component in components.items():
-        entry = manifest["components"][name]
-        result.checks += _check_component(component, entry["tensors"], _title(name))
+    components: dict[str, Component] = {}
+    for name, entry in manifest["components"].items():
+        try:
+            components[name] = open_component(root, name)
+        except OmniConvertError as error:
+            result.checks.append(Check(f"{_title(name)} headers", "weight files and index", (str(error),)))
+            continue
+        result.checks += _check_component(components[name], entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
         result.checks.append(_check_source(original, manifest["source"]))
@@ -246,6 +250,8 @@ def _check_scales(component: Component, config: QuantizationConfig, title: str) 
 def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
     """Whether ``root`` is the source that the manifest names: sizes and headers of every weight file."""
     base = root.parent if root.is_file() else root
+    if not base.is_dir():
+        return Check("source", str(root), (f"{root}: found nothing there, expected the model that was converted.",))
     problems: list[str] = []
     for name, entry in recorded["files"].items():
         path = base / name

@@ -8,7 +8,7 @@ Source of the tables: vLLM-Omni 0.30 model classes, traced through its own loade
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -52,6 +52,11 @@ class Architecture:
         if match["layer"] in self.sensitive.get(method, ()):
             return Role(False, f"{method} costs {self.name} too much quality here")
         return Role(True, f"linear of {self.name}")
+
+    def describes(self, layers: Collection[str]) -> bool:
+        """Whether every linear of the table occurs in some block."""
+        found = {match["layer"] for match in map(self._pattern.fullmatch, layers) if match}
+        return bool(found) and found.issuperset((*self.linears, *self._group_of))
 
     def group(self, layer: str) -> tuple[str, tuple[str, ...]] | None:
         """Engine name and member layers of the fused matrix that ``layer`` is part of."""
@@ -99,17 +104,27 @@ _TABLES = (
             "attention.output.dense", "intermediate.dense", "output.dense",
         ),
         # Value projections read a normalized stream with a few large channels. With int8 activations there, 25 of 30
-        # everyday sentences keep a cosine of 0.995 to MiniLM's float32 embeddings; without, all 30.
+        # everyday sentences keep a cosine of 0.995 to MiniLM's float32 embeddings; without, all 30 (but not all
+        # single words: "Thanks!" has 0.984).
         sensitive={"int8": ("attention.self.value",)},
     ),
+    # Its linears are Conv1D modules, which store (in, out): scales would run along the wrong axis.
+    Architecture(name="GPT-2", blocks=()),
 )  # fmt: skip
 
 ARCHITECTURES: Mapping[str, Architecture] = {table.name: table for table in _TABLES}
 """Every known model class by the name that its config gives it."""
 
 _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
-    ("embedding", re.compile(r"embed|(^|\.)(wte|wpe|relative_attention_bias)(\.|$)|patchify")),
-    ("norm", re.compile(r"norm|adaln|(^|\.)ln_|(^|\.)(ln|modulation)(\.|$)", re.IGNORECASE)),
+    (
+        "embedding",
+        re.compile(r"embed|(^|[._])emb([._]|$)|(^|\.)(wte|wpe|shared|relative_attention_bias)(\.|$)|patchify"),
+    ),
+    ("norm", re.compile(r"norm|adaln|modulation|(^|[._])(ln|mod)([._]|$)", re.IGNORECASE)),
+    # Libraries merge experts when they load, and engines run them unquantized with int8.
+    ("routed-expert", re.compile(r"(^|\.)experts(\.|$)")),
+    # Mamba's module reads this weight itself, past the layer.
+    ("time-step", re.compile(r"(^|\.)dt_proj$")),
     ("router", re.compile(r"router|(^|\.)(gate|wg|gate_inp)$")),
     ("output-head", re.compile(r"(^|\.)(lm_head|classifier|score|pooler)(\.|$)|^(\w+\.)?(head|cls|qa_outputs)(\.|$)")),
     ("output-head", re.compile(r"^(proj_out|final_layer|final_linear|output|out_proj|out)(\.|$)")),
@@ -117,11 +132,16 @@ _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
 )
 
 
-def find_architecture(config: Mapping[str, object]) -> Architecture | None:
-    """The table for a component's ``config.json``: diffusers' ``_class_name`` or transformers' ``model_type``."""
-    if config.get("model_type") == "bert":
-        return ARCHITECTURES["BERT"]
-    return ARCHITECTURES.get(str(config.get("_class_name")))
+_MODEL_TYPES = {"bert": "BERT", "gpt2": "GPT-2", "openai-gpt": "GPT-2"}
+
+
+def find_architecture(config: Mapping[str, object] | None, layers: Collection[str]) -> Architecture | None:
+    """The table for a component: by diffusers' ``_class_name`` or transformers' ``model_type`` in its config, or, for
+    weights without a config, the table whose every linear is among ``layers``."""
+    if config is None:
+        return next((table for table in _TABLES if table.describes(layers)), None)
+    name = _MODEL_TYPES.get(str(config.get("model_type"))) or str(config.get("_class_name"))
+    return ARCHITECTURES.get(name)
 
 
 def guess_role(layer: str) -> Role:

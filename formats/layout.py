@@ -23,6 +23,7 @@ WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHT_NAMES)
 MAX_JSON_BYTES = 100_000_000
 
+_VARIANT = re.compile(r"^(diffusion_pytorch_model|model)\.[^.]+\.safetensors$")
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
 
 
@@ -144,6 +145,12 @@ def _find_weights(folder: Path) -> tuple[str, str]:
     if standard:
         return (standard[0], "") if standard[0] in INDEX_NAMES else ("", standard[0])
     found = sorted(item.name for item in folder.glob("*.safetensors"))
+    if variants := [name for name in found if _VARIANT.match(name)]:
+        raise OmniConvertError(
+            f"{folder}: found only a variant of the weights ({variants[0]}), expected {' or '.join(WEIGHT_NAMES)}, or "
+            "their index. Libraries would not find it: rename the files (and the names in their index) without the "
+            "variant."
+        )
     if len(found) == 1:
         return "", found[0]
     if found:

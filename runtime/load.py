@@ -164,6 +164,11 @@ def _model_class(component: Component) -> tuple[Any, str]:
                 "Install the version that the model needs: pip install -U diffusers"
             )
         return model_class, library
+    if "model_type" not in component.config:
+        raise OmniConvertError(
+            f"{config_path}: names no class (_class_name or model_type), expected one: weights that were converted "
+            "from a single file carry no model. Build the model yourself, or convert its folder."
+        )
     architectures = component.config.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     return getattr(module, str(name), None) or module.AutoModel, library

@@ -15,6 +15,7 @@ from hostile.small import (
     file_bytes,
     qwen_shards,
     random,
+    read_json,
     write_json,
     write_model,
     write_pipeline,
@@ -43,6 +44,19 @@ def quantized(planned: Plan) -> list[str]:
 @pytest.fixture
 def qwen(tmp_path: Path) -> Path:
     return write_sharded(tmp_path / "qwen", qwen_shards(), QWEN_CONFIG)
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Path:
+    return write_pipeline(tmp_path / "pipeline")
+
+
+@pytest.fixture
+def qwen_file(tmp_path: Path) -> Path:
+    """The model of ``qwen`` in one file, with its config beside it."""
+    tensors = {name: tensor for shard in qwen_shards() for name, tensor in shard.items()}
+    write_json(tmp_path / "single" / "config.json", QWEN_CONFIG)
+    return write_weights(tmp_path / "single" / "diffusion_pytorch_model.safetensors", tensors)
 
 
 def test_known_class_follows_its_table(qwen: Path) -> None:
@@ -136,10 +150,10 @@ def test_pattern_that_matches_nothing(qwen: Path) -> None:
 
 
 def test_nothing_left_to_quantize(qwen: Path, tmp_path: Path) -> None:
-    with pytest.raises(OmniConvertError, match="Ignore less"):
+    with pytest.raises(UsageError, match="Ignore less"):
         plan_int8(qwen, ["*"])
     model = write_model(tmp_path / "norms", {}, {"norm.weight": random(4)})
-    with pytest.raises(OmniConvertError, match="holds no linear weights"):
+    with pytest.raises(OmniConvertError, match="it holds no matrices"):
         plan_int8(model)
 
 
@@ -232,13 +246,56 @@ def test_config_keeps_the_keys_and_their_order(tmp_path: Path) -> None:
     assert "ü" in part.config_bytes.decode()
 
 
-def test_model_without_config_gets_one(tmp_path: Path) -> None:
+def test_folder_without_config_is_refused_and_its_file_is_not(tmp_path: Path) -> None:
     import json
 
     write_model(tmp_path)
     (tmp_path / "config.json").unlink()
-    (part,) = plan_int8(tmp_path).components
+    with pytest.raises(OmniConvertError, match=r"found no config\.json"):
+        plan_int8(tmp_path)
+    (part,) = plan_int8(next(tmp_path.glob("*.safetensors"))).components
     assert list(json.loads(part.config_bytes)) == ["quantization_config"]
+
+
+def test_pipeline_component_without_config_is_refused(pipeline: Path) -> None:
+    (pipeline / "transformer" / "config.json").unlink()
+    with pytest.raises(OmniConvertError, match=r"transformer: found no config\.json"):
+        plan_int8(pipeline)
+
+
+def test_component_that_is_listed_and_absent_is_an_incomplete_download(pipeline: Path) -> None:
+    index = read_json(pipeline / "model_index.json")
+    write_json(pipeline / "model_index.json", index | {"transformer_2": ["diffusers", "X"], "nothing": [None, None]})
+    with pytest.raises(OmniConvertError, match="lists transformer_2"):
+        plan_int8(pipeline)
+
+
+def test_single_file_takes_the_config_beside_it(qwen_file: Path) -> None:
+    (part,) = plan_int8(qwen_file).components
+    assert part.component.class_name == "QwenImageTransformer2DModel"
+    assert part.architecture == "QwenImageTransformer2DModel"
+
+
+def test_single_file_of_any_name_is_known_by_its_tensors(qwen_file: Path) -> None:
+    (part,) = plan_int8(qwen_file.rename(qwen_file.with_name("qwen.safetensors"))).components
+    assert part.component.config is None
+    assert part.architecture == "QwenImageTransformer2DModel"
+    assert not {tensor.layer for tensor in part.tensors() if tensor.decision.format and "_mod" in tensor.layer}
+
+
+def test_single_shard_of_several_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model-00001-of-00002.safetensors"
+    write_weights(file, {"a.weight": random(4, 4)})
+    with pytest.raises(OmniConvertError, match="one shard of several"):
+        plan_int8(file)
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"])
+def test_variant_alone_is_refused(tmp_path: Path, name: str) -> None:
+    write_weights(tmp_path / name, {"a.weight": random(4, 4)})
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(OmniConvertError, match="only a variant"):
+        plan_int8(tmp_path)
 
 
 def test_plan_is_made_from_the_transformers_config(tmp_path: Path) -> None:

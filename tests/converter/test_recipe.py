@@ -83,8 +83,9 @@ def test_closest_names(text: str, expected: str | None) -> None:
     assert closest_names(text, LAYERS)[0] == (expected or "transformer_blocks.*.attn.to_q")
 
 
-def test_nothing_close_is_no_suggestion() -> None:
-    assert closest_names("zzzzzzzz", LAYERS) == []
-    with pytest.raises(UsageError) as caught:
-        check_patterns([Pattern("zzzzzzzz")], LAYERS)
-    assert "closest" not in str(caught.value)
+@pytest.mark.parametrize("text", ["IMG_MLP", "transformer_blocks.0.img_mlp.weight", "zzzzzzzz"])
+def test_there_is_always_a_suggestion(text: str) -> None:
+    assert len(closest_names(text, LAYERS)) == 3
+    assert text == "zzzzzzzz" or "img_mlp" in closest_names(text, LAYERS)[0]
+    with pytest.raises(UsageError, match="closest names are"):
+        check_patterns([Pattern(text)], LAYERS)

@@ -26,7 +26,7 @@ QWEN, Z_IMAGE, BERT = (
     ids=str,
 )
 def test_table_is_found_by_class(config: dict[str, object], expected: Architecture | None) -> None:
-    assert find_architecture(config) is expected
+    assert find_architecture(config, ["transformer_blocks.0.attn.to_q"]) is expected
 
 
 @pytest.mark.parametrize(
