@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -25,6 +27,16 @@ Examples:
 """
 
 
+class _Failure(click.ClickException):
+    """One paragraph on stderr and exit status 1."""
+
+
+class _WrongUsage(click.ClickException):
+    """One paragraph on stderr and exit status 2."""
+
+    exit_code = 2
+
+
 class _DefaultGroup(click.Group):
     """A group whose bare form is a command: ``omni-convert --method int8 model/ out/``.
 
@@ -36,8 +48,24 @@ class _DefaultGroup(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {option for param in self.get_params(ctx) for option in param.opts}
         if args and args[0] not in self.commands and args[0] not in own:
+            close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if close and not Path(args[0]).exists():
+                ctx.fail(f"There is no command or folder {args[0]!r}. Did you mean {close[0]!r}?")
             args = [self.default, *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors that the user can act on become one paragraph and an exit status; a signal, a tidy end."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.default_int_handler)
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            raise _WrongUsage(str(error)) from error
+        except OmniConvertError as error:
+            raise _Failure(str(error)) from error
+        except KeyboardInterrupt:
+            raise _Failure("Interrupted. What this run had written is removed.") from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         bare = self.commands[self.default]
@@ -97,11 +125,13 @@ def convert(
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
-    from omni_convert.converter.convert import needs, plan, run
+    from omni_convert.converter.convert import needs, plan, refusal, run
 
     started = time.perf_counter()
     planned = plan(model, method=method, ignore=ignore, components=components)
     if dry_run:
+        if obstacle := refusal(planned, out, link=link, overwrite=overwrite):
+            click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
         memory, disk = needs(planned, threads, link=link)
         _print(show.plan_dict(planned, memory, disk) if as_json else show.plan_text(planned, memory, disk))
         return
@@ -141,17 +171,5 @@ def _print(result: str | dict[str, Any]) -> None:
     click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False))
 
 
-def run_main() -> None:
-    """Entry point: errors that the user can act on become one paragraph and an exit status."""
-    try:
-        main(standalone_mode=True)
-    except UsageError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
-    except OmniConvertError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    run_main()
+    main()

@@ -121,12 +121,9 @@ def run(
     started: float,
 ) -> Report:
     """Carry out a plan; arguments as in ``convert``."""
-    from omni_convert import __version__
     from omni_convert.converter.execute import execute
 
-    folder = OutputFolder(
-        plan, out, job_identity(plan.checkpoint, plan.recipe.to_dict(), __version__), overwrite=overwrite
-    )
+    folder = _output_folder(plan, out, overwrite)
     folder.check(linked=link)
     workers = threads or processors()
     try:
@@ -147,6 +144,15 @@ def run(
     return _report(plan, folder, outcome, time.perf_counter() - started)
 
 
+def refusal(plan: Plan, out: Path, *, link: bool, overwrite: bool) -> str | None:
+    """Why ``run`` would refuse to write this plan to ``out`` now; None if it would not."""
+    try:
+        _output_folder(plan, out, overwrite).check(linked=link)
+    except OmniConvertError as error:
+        return str(error)
+    return None
+
+
 def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
     """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``."""
     from omni_convert.converter.execute import buffer_bytes, scale_bytes
@@ -155,6 +161,13 @@ def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
     shards = sum(shard.size for part in plan.components for shard in part.shards)
     memory = workers * buffer_bytes(plan) + (workers + 1) * scale_bytes(plan)
     return memory, shards + (0 if link else plan.bytes_copied)
+
+
+def _output_folder(plan: Plan, out: Path, overwrite: bool) -> OutputFolder:
+    from omni_convert import __version__
+
+    job = job_identity(plan.checkpoint, plan.recipe.to_dict(), __version__)
+    return OutputFolder(plan, out, job, overwrite=overwrite)
 
 
 def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bool) -> None:

@@ -112,20 +112,19 @@ class OutputFolder:
         """Hold the marker until ``finish`` or ``give_back``; the system lets go of it if this process dies."""
         marker = self.path / MARKER_NAME
         unfinished = marker.exists()
-        lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
+        self._lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            os.close(lock)
+            self._unlock()
             raise OmniConvertError(
                 f"{self.path}: another conversion is writing there now, expected a folder of our own. "
                 "Wait until it is done, or choose another folder."
             ) from error
         if not unfinished and not self.overwrite and len(list(self.path.iterdir())) > 1:
             marker.unlink()  # somebody finished here after we had looked
-            os.close(lock)
+            self._unlock()
             raise OmniConvertError(f"{self.path}: is not empty any more. Choose another folder, or pass --overwrite.")
-        self._lock = lock
 
     def _unlock(self) -> None:
         if self._lock is not None:

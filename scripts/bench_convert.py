@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds of a command, and the peak of its anonymous memory (page cache not counted) in MiB."""
+    """Wall and CPU seconds of a command; peaks of its anonymous memory and, with mapped libraries, its RSS in MiB."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = [0]
@@ -95,7 +95,12 @@ def run(command: list[str]) -> dict[str, float]:
     sampler.join()
     if status:
         raise SystemExit(f"{command[0]} failed with status {status}")
-    return {"wall": wall, "cpu": usage.ru_utime + usage.ru_stime, "rss": peak[0] / 1024}
+    return {
+        "wall": wall,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "rss": peak[0] / 1024,
+        "max_rss": usage.ru_maxrss / 1024,
+    }
 
 
 def naive_ratio(folder: Path, method: str) -> tuple[float, float]:
@@ -170,7 +175,7 @@ def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
                 results[name].append(figures)
     startup = run([sys.executable, "-c", "import omni_convert.converter.execute, omni_convert.formats.kernels"])
     print(f"{total / 1e9:.2f} GB BF16 -> {method}, {os.cpu_count()} processors, median of {runs} alternating runs\n")
-    print(f"{'':10}{'wall s':>8}{'GB/s':>8}{'CPU s':>8}{'peak RSS MiB':>14}{'of cp':>8}")
+    print(f"{'':10}{'wall s':>8}{'GB/s':>8}{'CPU s':>8}{'anon MiB':>10}{'max RSS MiB':>13}{'of cp':>8}")
     median = {
         name: {key: statistics.median(item[key] for item in items) for key in items[0]}
         for name, items in results.items()
@@ -179,8 +184,10 @@ def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
     for name, figures in median.items():
         share = f"{ratio:.2f}" if name == "convert" else "1.00"
         rate = total / figures["wall"] / 1e9
-        print(f"{name:10}{figures['wall']:8.2f}{rate:8.2f}{figures['cpu']:8.2f}{figures['rss']:14.0f}{share:>8}")
-    print(f"\npeak RSS beyond the imports: {median['convert']['rss'] - startup['rss']:.0f} MiB")
+        print(
+            f"{name:10}{figures['wall']:8.2f}{rate:8.2f}{figures['cpu']:8.2f}{figures['rss']:10.0f}{figures['max_rss']:13.0f}{share:>8}"
+        )
+    print(f"\npeak memory beyond the imports: {median['convert']['rss'] - startup['rss']:.0f} MiB")
     ours, naive = naive_ratio(model, method)
     print(f"kernel, one thread: {ours:.1f} GB/s; naive torch expression: {naive:.2f} GB/s; ratio {ours / naive:.0f}x")
 

@@ -35,7 +35,7 @@ class Command:
         self.monkeypatch.setattr(sys, "argv", ["omni-convert", *map(str, args)])
         self.capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            cli.run_main()
+            cli.main()
         code = caught.value.code
         assert isinstance(code, int)
         return Result(code, *self.capfd.readouterr())

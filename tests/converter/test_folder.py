@@ -340,6 +340,31 @@ def _interrupt(self: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_overwrite_spares_weights_that_no_manifest_lists(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    before = snapshot(out)
+    with pytest.raises(OmniConvertError, match="was not written by omni-convert"):
+        convert(source, out, method="int8", overwrite=True)
+    assert snapshot(out) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_ends_a_run_tidily(number: signal.Signals, tmp_path: Path) -> None:
+    """A process that is told to stop leaves no output, and says so."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    write_model(model, {}, {f"blocks.{n}.fc.weight": random(2048, 2048) for n in range(24)})
+    command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", "--threads", "1", model, out]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    while not list(out.glob("*.safetensors*")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.stderr is not None
+    assert "Interrupted" in process.stderr.read()
+    assert process.wait() == 1
+    assert not out.exists()
+
+
 def test_same_job_twice_at_the_same_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, codes = tmp_path / "out", []
     command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", str(source), str(out)]
