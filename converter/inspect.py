@@ -11,7 +11,7 @@ from typing import Any
 from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
 from omni_convert.converter.tables import format_bytes, format_table
 from omni_convert.formats import FORMATS
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_json
 
 
@@ -53,13 +53,16 @@ class Summary:
 
     def to_text(self) -> str:
         origin = f"converted by omni-convert {self.made_by}" if self.made_by else "no omni-convert manifest"
-        rows = [["component", "class", "method", "layers", "kept", "weights", "size", "bits/weight", "dtypes"]]
+        rows = [["component", "method", "layers", "kept", "weights", "size", "bits/weight"]]
+        notes = []
         for item in self.components:
-            dtypes = ", ".join(f"{total.dtype} {format_bytes(total.bytes)}" for total in item.dtypes)
             layers = (str(item.quantized_layers), str(item.kept_layers), _count(item.weights))
-            sizes = (format_bytes(item.bytes), f"{item.bits_per_weight:.2f}", dtypes)
-            rows.append([item.name or ".", item.model_class, item.method or "none", *layers, *sizes])
-        return f"{self.path} ({origin})\n{format_table(rows, right=(3, 4, 5, 6, 7))}"
+            sizes = (format_bytes(item.bytes), f"{item.bits_per_weight:.2f}")
+            rows.append([item.name or ".", item.method or "none", *layers, *sizes])
+            dtypes = ", ".join(f"{total.dtype} {format_bytes(total.bytes)}" for total in item.dtypes)
+            notes.append(f"{item.name or '.'}: {printable(item.model_class)}; {dtypes}")
+        table = format_table(rows, right=(2, 3, 4, 5, 6))
+        return "\n".join([f"{self.path} ({origin})", table, *notes])
 
 
 def inspect(path: str | os.PathLike[str]) -> Summary:

@@ -11,6 +11,7 @@ from typing import Any
 from omni_convert.converter.convert import Report
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
 from omni_convert.converter.tables import format_bytes, format_db, format_table
+from omni_convert.formats.errors import printable
 
 
 @dataclass
@@ -50,17 +51,7 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
 
 def plan_text(plan: Plan, memory: int, disk: int) -> str:
     """The plan as ``--dry-run`` prints it. ``memory`` and ``disk`` in bytes."""
-    blocks = []
-    for part in plan.components:
-        source = part.component
-        known = f"table for {part.architecture}" if part.architecture else "no table for this class: by name and shape"
-        rows = [["layers", "count", "action", "before", "after", "why"]]
-        for group in group_tensors(part):
-            sizes = (format_bytes(group.bytes_before), format_bytes(group.bytes_after))
-            rows.append([group.pattern, str(group.count), group.action, *sizes, group.why])
-        name = source.name or plan.checkpoint.root.name
-        title = f"{name}: {source.class_name}, {_plural(len(part.shards), 'shard')} ({known})"
-        blocks.append(f"{title}\n{format_table(rows, right=(1, 3, 4))}")
+    blocks = [_component_text(plan, part) for part in plan.components]
     summary = [
         ["quantized components", f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"],
         ["bits per weight", f"{plan.bits_per_weight:.2f}"],
@@ -105,6 +96,28 @@ def report_text(report: Report) -> str:
     rows += [["left out", f"{name} ({why})"] for name, why in report.left_out.items()]
     rows.append(["written to", str(report.out)])
     return format_table(rows, header=False)
+
+
+def _component_text(plan: Plan, part: ComponentPlan) -> str:
+    """One table; the reasons, which are long and few, stand below it under letters."""
+    groups = group_tensors(part)
+    reasons = list(dict.fromkeys(group.why for group in groups))
+    letters = {reason: _letter(number) for number, reason in enumerate(reasons)}
+    rows = [["layers", "count", "action", "before", "after", "why"]]
+    for group in groups:
+        sizes = (format_bytes(group.bytes_before), format_bytes(group.bytes_after))
+        rows.append([group.pattern, str(group.count), group.action, *sizes, letters[group.why]])
+    known = f"table for {part.architecture}" if part.architecture else "no table for this class: by name and shape"
+    name = part.component.name or plan.checkpoint.root.name
+    title = f"{name}: {part.component.class_name}, {_plural(len(part.shards), 'shard')} ({known})"
+    notes = "\n".join(f"{letter}: {printable(reason)}" for reason, letter in letters.items())
+    return f"{title}\n{format_table(rows, right=(1, 3, 4))}\n{notes}"
+
+
+def _letter(number: int) -> str:
+    """a to z, aa, ab, ..."""
+    prefix = _letter(number // 26 - 1) if number >= 26 else ""
+    return prefix + chr(ord("a") + number % 26)
 
 
 def _layer_patterns(layers: Collection[str]) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         self._replaced: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
+            raise OmniConvertError(
+                "device_map places layers on disk, expected CPU or GPU: Transformers cannot offload integer weights "
+                "there. Use more memory, or a device_map of CPU and GPU."
+            )
         if not self.pre_quantized:
             raise OmniConvertError(
                 "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
@@ -93,7 +99,7 @@ def _module_names(model: Any, layers: Collection[str]) -> dict[str, str | None]:
         if merged is not None:
             raise OmniConvertError(
                 f"{type(model).__name__}: Transformers merges or splits {weight} when it loads ({merged}), expected "
-                "a weight that is loaded as it is. Convert again and leave this layer unquantized."
+                f"a weight that is loaded as it is. Convert again with --ignore {layer}, or a pattern for all like it."
             )
         skipped = renamed not in state and _is_left_out(model, layer)
         names[layer] = None if skipped else renamed.removesuffix(".weight")
