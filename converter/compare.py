@@ -23,11 +23,12 @@ ROUNDING_SLACK = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class LayerComparison:
-    """``sqnr_db``: signal-to-quantization-noise ratio. ``max_steps``: largest error in units of the code distance."""
+    """``sqnr_db``: signal-to-quantization-noise ratio. ``max_error``: largest error as a share of what the format
+    may leave there, such as half the distance between two codes."""
 
     layer: str
     sqnr_db: float
-    max_steps: float
+    max_error: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
@@ -43,9 +44,9 @@ def compare_component(source: Component, out: Component, fmt: Format) -> tuple[l
     layers = [result for result in results if isinstance(result, LayerComparison)]
     problems = [result for result in results if isinstance(result, str)]
     problems += [
-        f"{item.layer}: its largest error is {item.max_steps:.3f} steps, expected at most half a step."
+        f"{item.layer}: its largest error is {item.max_error:.3f} times what rounding may leave, expected at most 1."
         for item in layers
-        if not item.max_steps <= 0.5 + ROUNDING_SLACK
+        if not item.max_error <= 1 + ROUNDING_SLACK
     ]
     return layers, problems
 
@@ -75,20 +76,34 @@ def _compare_layer(
 ) -> LayerComparison:
     rows = tensor.spec.shape[0]
     step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes)
+    constants = {
+        suffix: _rows(part, header, 0, part.spec.shape[0], OUTPUT_DTYPE[part.spec.dtype]).reshape(part.spec.shape)
+        for suffix, (part, header) in parts.items()
+        if suffix in fmt.constants(tensor.spec.shape)
+    }
     signal = noise = largest = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         weight = to_float32(_rows(tensor, shard, start, stop, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
-        ours = {
+        ours = constants | {
             suffix: _rows(part, header, start, stop, OUTPUT_DTYPE[part.spec.dtype])
             for suffix, (part, header) in parts.items()
+            if suffix not in constants
         }
         error = fmt.dequantize_rows(ours) - weight
-        largest = float(np.maximum(largest, np.max(np.abs(error) / fmt.step(ours))))  # NaN stays NaN
+        largest = float(np.maximum(largest, np.max(_share(np.abs(error), fmt.tolerance(ours)))))  # NaN stays NaN
         signal += float(np.sum(np.square(weight, dtype=np.float64)))
         noise += float(np.sum(np.square(error, dtype=np.float64)))
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
-    return LayerComparison(layer=layer, sqnr_db=sqnr, max_steps=largest)
+    return LayerComparison(layer=layer, sqnr_db=sqnr, max_error=largest)
+
+
+def _share(error: NDArray[np.float32], tolerance: NDArray[np.float32]) -> NDArray[np.float32]:
+    """error / tolerance, 0 where there is no error: at the end of float32 a tolerance underflows to 0."""
+    bound = np.broadcast_to(tolerance, error.shape)
+    with np.errstate(divide="ignore"):
+        share: NDArray[np.float32] = np.divide(error, bound, out=np.zeros_like(error), where=error != 0)
+    return share
 
 
 def _rows(tensor: StoredTensor, shard: Header, start: int, stop: int, dtype: np.dtype[Any]) -> NDArray[Any]:

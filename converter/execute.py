@@ -233,6 +233,7 @@ class _WeightWriter:
         self.file = file
         self.first_span = first_span
         self.side: dict[str, NDArray[Any]] = {}
+        self.constants = fmt.constants(tensor.source.spec.shape)
         self.power: NDArray[np.float64] = np.empty((0, 2))
         self.lock = Lock()
         self.left = 0
@@ -278,7 +279,7 @@ class _WeightWriter:
                 self.side = {
                     suffix: np.empty(spec.shape, OUTPUT_DTYPE[spec.dtype])
                     for suffix, spec in specs.items()
-                    if suffix != "weight"
+                    if suffix != "weight" and suffix not in self.constants
                 }
                 self.power = np.empty((self.tensor.source.spec.shape[0], 2))
 
@@ -287,7 +288,7 @@ class _WeightWriter:
             self.left -= 1
             if self.left:
                 return
-        for suffix, array in self.side.items():
+        for suffix, array in (self.side | self.constants).items():
             span = self.first_span[f"{self.tensor.layer}.{suffix}"]
             self.file.write(span, array.data.cast("B"))
         signal, noise = self.power.sum(axis=0)

@@ -237,7 +237,7 @@ def _check_scales(component: Component, config: QuantizationConfig, title: str) 
     problems: list[str] = []
     count = 0
     for name, tensor, shard in component.tensors():
-        if tensor.spec.dtype != "F32" or not name.endswith(".weight_scale"):
+        if tensor.spec.dtype != "F32" or name.rpartition(".")[2] not in config.format.suffixes[1:]:
             continue
         count += 1
         scale = np.fromfile(shard.path, "<f4", tensor.spec.numel, offset=tensor.start)

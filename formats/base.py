@@ -50,21 +50,26 @@ class Format(Protocol):
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float32 (N, K) from the tensors of ``quantize``."""
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        """Suffixes whose tensor belongs to the weight as a whole and does not depend on its values."""
+
     def quantize_rows(
         self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
     ) -> NonFinite | None:
         """Quantize some rows of a weight with the compiled CPU kernel: the same bits as ``quantize``.
 
         ``bits``: (n, K) stored bits, uint16 for BF16 and F16, uint32 for F32. ``out``: suffix -> array that
-        receives the rows. ``power``: (n, 2) float64, receives per row the sum of squares of the weight and of
+        receives the rows; ``constants`` are not among them.
+        ``power``: (n, 2) float64, receives per row the sum of squares of the weight and of
         the quantization error. Returns the first NaN or Inf, if any; ``out`` is then undefined.
         """
 
     def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """float32 (n, K) from some rows of the stored tensors: the same values as ``dequantize``."""
 
-    def step(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Distance between neighbouring codes, broadcastable to (n, K): rounding errs by at most half of it."""
+    def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """The largest error that this format may leave in every weight, broadcastable to (n, K): half the distance
+        between neighbouring codes, and what saturation cuts off where the format allows it."""
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         """``quantization_config`` of a serialized checkpoint: exactly the keys that engines accept."""

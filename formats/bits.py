@@ -29,6 +29,12 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     return bits.view(np.float32)
 
 
+def kernel_bits(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """``bits`` as kernels take them, contiguous BF16 or float32: half precision is exact in single precision."""
+    bits = np.ascontiguousarray(bits)
+    return bits.view(np.float16).astype(np.float32).view(np.uint32) if dtype == "F16" else bits
+
+
 def first_nonfinite(bits: NDArray[Any], dtype: str) -> int:
     """Position of the first NaN or Inf of a row of stored bits that holds one."""
     return int(np.argmin(np.isfinite(to_float32(bits, dtype))))

@@ -68,13 +68,16 @@ class Int8:
 
         return tensors["weight"].to(torch.float32) * tensors["weight_scale"]
 
+    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        return {}
+
     def quantize_rows(
         self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
     ) -> NonFinite | None:
         from omni_convert.formats import kernels
-        from omni_convert.formats.bits import first_nonfinite
+        from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
-        row = kernels.int8_rows(bits, dtype, out["weight"], out["weight_scale"], power)
+        row = kernels.int8_rows(kernel_bits(bits, dtype), out["weight"], out["weight_scale"], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
     def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -83,8 +86,11 @@ class Int8:
         values: NDArray[np.float32] = tensors["weight"].astype(np.float32) * tensors["weight_scale"]
         return values
 
-    def step(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        return tensors["weight_scale"]
+    def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        import numpy as np
+
+        bound: NDArray[np.float32] = tensors["weight_scale"] * np.float32(0.5)
+        return bound
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {

@@ -26,11 +26,11 @@ from numpy.typing import NDArray
 LANES = 64
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23
 
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
+OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy", "boundscheck": False}
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _widen(_context: Any, bits: Any) -> Any:
+def widen(_context: Any, bits: Any) -> Any:
     """float32 of a stored BF16 (uint16) or float32 (uint32)."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -42,7 +42,7 @@ def _widen(_context: Any, bits: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _magnitude(_context: Any, bits: Any) -> Any:
+def magnitude(_context: Any, bits: Any) -> Any:
     """The stored pattern without its sign, in its own width (16-bit lanes are twice as many)."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
@@ -61,37 +61,37 @@ def _low_byte(_context: Any, value: Any) -> Any:
     return types.int8(value), generate
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _amax(row: Any) -> Any:
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def amax(row: Any) -> Any:
     """Largest magnitude of a row; NaN or Inf if the row holds one."""
-    largest = _magnitude(row[0])
+    largest = magnitude(row[0])
     for k in range(row.shape[0]):
-        largest = max(largest, _magnitude(row[k]))
-    return _widen(largest)
+        largest = max(largest, magnitude(row[k]))
+    return widen(largest)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
-def _int8_step(amax: Any) -> Any:
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _int8_step(largest: Any) -> Any:
     """Scale of a row, with the corrections at the ends of float32 that ``int8`` states."""
-    step = amax / np.float32(127)
-    if amax == 0:
+    step = largest / np.float32(127)
+    if largest == 0:
         return np.float32(1)
-    if amax / step > np.float32(127.5):
+    if largest / step > np.float32(127.5):
         return np.nextafter(step, np.float32(np.inf))
     if np.isinf(step * np.float32(127)):
         return np.nextafter(step, np.float32(0))
     return step
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _int8(bits: Any, step: Any) -> tuple[np.int8, np.float32, np.float32]:
     """Code, value and rounding error of one weight; the latter two in units of the step."""
-    value = min(max(_widen(bits) / step, np.float32(-127)), np.float32(127))
+    value = min(max(widen(bits) / step, np.float32(-127)), np.float32(127))
     shifted = value + ROUND
     return _low_byte(shifted), value, value - (shifted - ROUND)
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _int8_rows(bits: Any, codes: Any, scale: Any, power: Any) -> int:
     """Quantize rows to int8; returns the first row that holds NaN or Inf, or -1."""
     rows, columns = bits.shape
@@ -99,10 +99,10 @@ def _int8_rows(bits: Any, codes: Any, scale: Any, power: Any) -> int:
     noise = np.empty(LANES, np.float32)
     signal = np.empty(LANES, np.float32)
     for n in range(rows):
-        amax = _amax(bits[n])
-        if not np.isfinite(amax):
+        largest = amax(bits[n])
+        if not np.isfinite(largest):
             return n
-        step = _int8_step(amax)
+        step = _int8_step(largest)
         scale[n, 0] = step
         noise[:] = 0
         signal[:] = 0
@@ -121,7 +121,7 @@ def _int8_rows(bits: Any, codes: Any, scale: Any, power: Any) -> int:
     return -1
 
 
-@numba.njit(**_OPTIONS)  # type: ignore[untyped-decorator]
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _store_power(power: Any, signal: Any, noise: Any, step: Any) -> None:
     """Sum the lanes in order; the sums were taken in units of the step."""
     unit = np.float64(step) * np.float64(step)
@@ -135,12 +135,10 @@ def _store_power(power: Any, signal: Any, noise: Any, step: Any) -> None:
 
 
 def int8_rows(
-    bits: NDArray[Any], dtype: str, codes: NDArray[np.int8], scale: NDArray[np.float32], power: NDArray[np.float64]
+    bits: NDArray[Any], codes: NDArray[np.int8], scale: NDArray[np.float32], power: NDArray[np.float64]
 ) -> int:
     """Quantize ``bits`` (n, K) into ``codes`` (n, K) and ``scale`` (n, 1); see ``Format.quantize_rows``.
 
     Returns the first row that holds NaN or Inf, or -1.
     """
-    if dtype == "F16":  # half precision is exact in single precision
-        bits = bits.view(np.float16).astype(np.float32).view(np.uint32)
     return int(_int8_rows(bits, codes, scale, power))

@@ -17,6 +17,19 @@ MODULES: Mapping[str, type[Int8Linear]] = {"int8": Int8Linear}
 """The module of each format, by ``quant_method``."""
 
 
+def check_runnable(where: str, method: str) -> None:
+    """Whether a format has modules.
+
+    Raises:
+        OmniConvertError: it is converted and verified, but not run yet.
+    """
+    if method not in MODULES:
+        raise OmniConvertError(
+            f"{where}: holds {method} weights, expected {', '.join(MODULES)}: this version converts and verifies that "
+            "format but has no modules for it yet. Serve it with an engine that has."
+        )
+
+
 def replace_linears(
     model: nn.Module,
     tensors: Mapping[str, TensorSpec],

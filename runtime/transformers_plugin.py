@@ -13,10 +13,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from omni_convert.formats import FORMATS
 from omni_convert.formats.config import parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
-from omni_convert.runtime.replace import MODULES, check_loaded, replace_linears
+from omni_convert.runtime.replace import MODULES, check_loaded, check_runnable, replace_linears
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +115,19 @@ def _is_left_out(model: Any, layer: str) -> bool:
     return bool(architectures) and type(model).__name__ not in architectures
 
 
+def _guard(method: str, original: Any) -> type:
+    """Stands before Transformers' own config of the same name: its methods would take our codes for weights."""
+
+    class Guard:
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            if original is None or FORMATS[method].serialized_flag in config_dict:
+                check_runnable("quantization_config", method)
+            return original.from_dict(config_dict, **kwargs)
+
+    return Guard
+
+
 def register(library: Any) -> None:
     """Add our formats to the mappings of ``transformers.quantizers.auto``, except those another package has taken."""
     for method in MODULES:
@@ -123,6 +137,9 @@ def register(library: Any) -> None:
             continue
         library.AUTO_QUANTIZER_MAPPING[method] = OmniConvertQuantizer
         library.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = OmniConvertConfig
+    configs = library.AUTO_QUANTIZATION_CONFIG_MAPPING
+    for method in FORMATS.keys() - MODULES.keys():
+        configs[method] = _guard(method, configs.get(method))
 
 
 register(auto)

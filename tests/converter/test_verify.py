@@ -74,7 +74,7 @@ def test_whole_output_passes(made: Conversion) -> None:
     result = verify(made.out, source=made.source)
     assert result.ok
     assert len(result.layers) == 2 * 10
-    assert all(30 < item.sqnr_db < 60 and item.max_steps <= 0.5001 for item in result.layers)
+    assert all(30 < item.sqnr_db < 60 and item.max_error <= 1.0001 for item in result.layers)
     assert "verified" in result.to_text()
     assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["ok"] is True
 
@@ -85,7 +85,7 @@ def test_single_file_passes(tmp_path: Path) -> None:
     convert(file, tmp_path / "out", method="int8")
     result = verify(tmp_path / "out", source=file)
     assert result.ok
-    assert [(item.sqnr_db, item.max_steps) for item in result.layers] == [(math.inf, 0.0)]
+    assert [(item.sqnr_db, item.max_error) for item in result.layers] == [(math.inf, 0.0)]
     assert result.to_dict()["layers"][0]["sqnr_db"] is None
 
 

@@ -48,7 +48,7 @@ def test_another_packages_quantizer_is_left_alone(caplog: pytest.LogCaptureFixtu
         configs: dict[str, type] = {}
         plugin.register(SimpleNamespace(AUTO_QUANTIZER_MAPPING=quantizers, AUTO_QUANTIZATION_CONFIG_MAPPING=configs))
         assert quantizers == {"int8": dict}
-        assert configs == {}
+        assert "int8" not in configs
     assert caplog.text.count("registered it first") == 2
 
 

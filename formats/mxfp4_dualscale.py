@@ -1,0 +1,133 @@
+"""MXFP4 with two scales: e2m1 elements, e8m0 per 32 weights and float32 per 512 weights along K.
+
+| suffix            | dtype   | shape                  | meaning                                              |
+|-------------------|---------|------------------------|------------------------------------------------------|
+| weight            | F8_E4M3 | (N, K)                 | element values 0, +-.5, 1, 1.5, 2, 3, 4, 6, unpacked |
+| weight_scale      | U8      | (N, ceil(K / 32))      | e8m0, fine                                           |
+| weight_dual_scale | F32     | (N, ceil(K / 512), 1)  | coarse: largest magnitude of the group / 6           |
+| mul_scale         | F32     | (K,)                   | activations are multiplied by it; exact in BF16      |
+
+w = weight * 2**(weight_scale - 127) * weight_dual_scale * mul_scale[k]. The fine scale is chosen by rule ``even`` on
+w / coarse (true division). A group of zeros has coarse 1.0 and fine 0. ``mul_scale`` is ones until calibrated; engines
+require it. K must be a multiple of 64, because engines pair the fine scales.
+
+    {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": true, "ignored_layers": [...]}
+
+vLLM-Omni loads it natively on Ascend NPUs only; a file has 8.3 bits per weight, the device 4.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omni_convert.formats.base import NonFinite
+from omni_convert.formats.header import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+GROUP = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4DualScale:
+    """E2M1 elements, a power-of-two scale per 32 and a float32 scale per 512."""
+
+    name: ClassVar[str] = "mxfp4_dualscale"
+    serialized_flag: ClassVar[str] = "is_checkpoint_serialized"
+    suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"mxfp4_dualscale needs a 2-D weight, this one has {len(shape)} dimensions"
+        if 0 in shape:
+            return "the weight is empty"
+        return f"K is {shape[1]}, mxfp4_dualscale needs a multiple of 64" if shape[1] % 64 else None
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        rows, columns = shape
+        return {
+            "weight": TensorSpec("F8_E4M3", shape),
+            "weight_scale": TensorSpec("U8", (rows, -(-columns // 32))),
+            "weight_dual_scale": TensorSpec("F32", (rows, -(-columns // GROUP), 1)),
+            "mul_scale": TensorSpec("F32", (columns,)),
+        }
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        from omni_convert.formats import microscaling as mx
+
+        rows, columns = weight.shape
+        groups = torch.nn.functional.pad(weight.to(torch.float32), (0, -columns % GROUP)).view(rows, -1, GROUP)
+        coarse = groups.abs().amax(dim=-1, keepdim=True) / mx.E2M1.largest
+        coarse = torch.where(coarse == 0, 1.0, coarse)
+        blocks = (groups / coarse).view(rows, -1, mx.BLOCK)
+        values, scale = mx.quantize_blocks(blocks, mx.E2M1, "even")
+        return {
+            "weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn),
+            "weight_scale": scale[:, : -(-columns // mx.BLOCK)],
+            "weight_dual_scale": coarse,
+            "mul_scale": torch.ones(columns, device=weight.device),
+        }
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        from omni_convert.formats import microscaling as mx
+
+        weight = tensors["weight"].to(torch.float32)
+        columns = weight.shape[1]
+        coarse = tensors["weight_dual_scale"].squeeze(-1).repeat_interleave(GROUP, dim=1)[:, :columns]
+        return weight * mx.scales_per_weight(tensors["weight_scale"], columns) * coarse * tensors["mul_scale"]
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        return {"mul_scale": np.ones(shape[1], np.float32)}
+
+    def quantize_rows(
+        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+    ) -> NonFinite | None:
+        from omni_convert.formats import mx_kernels
+        from omni_convert.formats.bits import first_nonfinite, kernel_bits
+
+        coarse = out["weight_dual_scale"].reshape(len(bits), -1)
+        row = mx_kernels.dual_rows(kernel_bits(bits, dtype), out["weight"], out["weight_scale"], coarse, power)
+        return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
+
+    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        from omni_convert.formats import microscaling as mx
+
+        fine, coarse = self._scales(tensors)
+        values: NDArray[np.float32] = mx.E4M3_VALUES[tensors["weight"]] * fine * coarse * tensors["mul_scale"]
+        return values
+
+    def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        from omni_convert.formats import microscaling as mx
+
+        fine, coarse = self._scales(tensors)
+        scale = fine * coarse * tensors["mul_scale"]
+        return mx.tolerance(mx.E2M1, "even", tensors["weight"], scale)
+
+    def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": self.name,
+            self.serialized_flag: True,
+            "ignored_layers": list(ignored_layers),
+        }
+
+    def _scales(self, tensors: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Fine and coarse scale of every weight."""
+        import numpy as np
+
+        from omni_convert.formats import microscaling as mx
+
+        rows, columns = tensors["weight"].shape
+        fine = mx.expand(mx.e8m0_values(tensors["weight_scale"]), columns)
+        coarse = np.repeat(tensors["weight_dual_scale"].reshape(rows, -1), GROUP, axis=1)[:, :columns]
+        return fine, coarse
