@@ -99,7 +99,13 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @main.command(short_help="Convert a checkpoint (the same without the word convert).")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--method", type=click.Choice(list(FORMATS)), required=True, help="Format of the quantized weights.")
+@click.option(
+    "--method",
+    type=click.Choice(list(FORMATS)),
+    required=True,
+    metavar="FORMAT",
+    help=f"Format of the quantized weights: {', '.join(FORMATS)}.",
+)
 @click.option(
     "--ignore",
     multiple=True,

@@ -101,7 +101,7 @@ def _compare_layer(
 def _share(error: NDArray[np.float32], tolerance: NDArray[np.float32]) -> NDArray[np.float32]:
     """error / tolerance, 0 where there is no error: at the end of float32 a tolerance underflows to 0."""
     bound = np.broadcast_to(tolerance, error.shape)
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         share: NDArray[np.float32] = np.divide(error, bound, out=np.zeros_like(error), where=error != 0)
     return share
 
