@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterable
@@ -23,6 +24,8 @@ from omni_convert.formats.layout import (
     is_plain_name,
     read_json,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class OutputFolder:
@@ -121,6 +124,8 @@ class OutputFolder:
                 f"{self.path}: another conversion is writing there now, expected a folder of our own. "
                 "Wait until it is done, or choose another folder."
             ) from error
+        except OSError as error:
+            _log.warning("%s: cannot be locked (%s): see to it that no second run writes there", self.path, error)
         if not unfinished and not self.overwrite and len(list(self.path.iterdir())) > 1:
             marker.unlink()  # somebody finished here after we had looked
             self._unlock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -347,6 +348,18 @@ def test_overwrite_spares_weights_that_no_manifest_lists(source: Path, tmp_path:
     with pytest.raises(OmniConvertError, match="was not written by omni-convert"):
         convert(source, out, method="int8", overwrite=True)
     assert snapshot(out) == before
+
+
+def test_file_system_without_locks_is_written_with_a_warning(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    to_int8(source, tmp_path / "out")
+    assert (tmp_path / "out" / "omni_convert.json").is_file()
+    assert "cannot be locked" in caplog.text
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
