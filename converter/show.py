@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from omni_convert.converter.convert import Report
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
-from omni_convert.converter.tables import format_bytes, format_db, format_table
+from omni_convert.converter.tables import format_bytes, format_db, format_table, layer_patterns
 from omni_convert.formats.errors import printable
 
 
@@ -37,7 +34,7 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
     """Groups of a component, quantized first, each in the order of the names."""
     groups: dict[tuple[str, str, str], Group] = {}
     tensors = sorted(part.tensors(), key=lambda item: natural_key(item.name))
-    patterns = _layer_patterns({tensor.layer for tensor in tensors})
+    patterns = layer_patterns({tensor.layer for tensor in tensors})
     for tensor in tensors:
         fmt = tensor.decision.format
         # What is no weight matrix is one line: biases and norms are many, small, and always kept.
@@ -118,23 +115,6 @@ def _letter(number: int) -> str:
     """a to z, aa, ab, ..."""
     prefix = _letter(number // 26 - 1) if number >= 26 else ""
     return prefix + chr(ord("a") + number % 26)
-
-
-def _layer_patterns(layers: Collection[str]) -> dict[str, str]:
-    """Every layer's name with ``*`` for the numbers that vary between layers of the same shape of name."""
-    values: dict[tuple[str, int], set[str]] = defaultdict(set)
-    parts = {layer: re.split(r"(?<![^.])(\d+)(?![^.])", layer) for layer in layers}  # odd places hold numbers
-    skeletons = {layer: "*".join(split[::2]) for layer, split in parts.items()}
-    for layer, split in parts.items():
-        for place in range(1, len(split), 2):
-            values[skeletons[layer], place].add(split[place])
-    return {
-        layer: "".join(
-            "*" if place % 2 and len(values[skeletons[layer], place]) > 1 else piece
-            for place, piece in enumerate(split)
-        )
-        for layer, split in parts.items()
-    }
 
 
 def _plural(count: int, noun: str) -> str:

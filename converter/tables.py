@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 
 from omni_convert.formats.errors import printable
 
@@ -36,3 +38,20 @@ def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), he
     if header:
         lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def layer_patterns(layers: Collection[str]) -> dict[str, str]:
+    """Every layer's name with ``*`` for the numbers that vary between layers of the same shape of name."""
+    values: dict[tuple[str, int], set[str]] = defaultdict(set)
+    parts = {layer: re.split(r"(?<![^.])(\d+)(?![^.])", layer) for layer in layers}  # odd places hold numbers
+    skeletons = {layer: "*".join(split[::2]) for layer, split in parts.items()}
+    for layer, split in parts.items():
+        for place in range(1, len(split), 2):
+            values[skeletons[layer], place].add(split[place])
+    return {
+        layer: "".join(
+            "*" if place % 2 and len(values[skeletons[layer], place]) > 1 else piece
+            for place, piece in enumerate(split)
+        )
+        for layer, split in parts.items()
+    }

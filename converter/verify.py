@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
-from omni_convert.converter.tables import format_db, format_table
+from omni_convert.converter.tables import format_db, format_table, layer_patterns
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
@@ -66,10 +67,21 @@ class Verification:
             worst = sorted(self.layers, key=lambda item: item.sqnr_db)[:3]
             lossy = [item.sqnr_db for item in self.layers if math.isfinite(item.sqnr_db)]
             mean = sum(lossy) / len(lossy) if lossy else math.inf
+            lines += ["", self._error_table(), ""]
             lines.append(f"mean SQNR {format_db(mean)} over {len(self.layers)} layers; worst:")
             lines += [f"  {format_db(item.sqnr_db)}  {item.layer}" for item in worst]
         lines.append(f"{self.path}: {'verified' if self.ok else 'NOT what it should be'}")
         return "\n".join(lines)
+
+    def _error_table(self) -> str:
+        """The dequantized error of every group of layers (``--json``: of every layer)."""
+        patterns = layer_patterns({item.layer for item in self.layers})
+        groups: dict[str, list[float]] = defaultdict(list)
+        for item in self.layers:
+            groups[patterns[item.layer]].append(item.sqnr_db)
+        rows = [["layers", "count", "lowest SQNR", "highest"]]
+        rows += [[name, str(len(g)), format_db(min(g)), format_db(max(g))] for name, g in groups.items()]
+        return format_table(rows, right=(1, 2, 3))
 
 
 def verify(

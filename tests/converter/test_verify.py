@@ -266,3 +266,11 @@ def test_text_names_what_failed(made: Conversion) -> None:
 
 def test_empty_verification_is_ok() -> None:
     assert Verification(path="x").ok
+
+
+def test_error_of_every_group_of_layers_is_shown(made: Conversion) -> None:
+    result = verify(made.out, source=made.source)
+    text = result.to_text()
+    row = next(line for line in text.splitlines() if line.startswith("transformer_blocks.*.attn.to_q "))
+    values = [item.sqnr_db for item in result.layers if item.layer.endswith("attn.to_q")]
+    assert row.split()[1:] == [str(len(values)), f"{min(values):.2f}", "dB", f"{max(values):.2f}", "dB"]
