@@ -18,6 +18,7 @@ from omni_convert.converter.folder import OutputFolder, job_identity, total_size
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Pattern, Recipe
+from omni_convert.converter.tables import mean_db
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
 
@@ -47,8 +48,7 @@ class Report:
     @property
     def mean_sqnr_db(self) -> float:
         """Mean over the layers that lost anything; infinite if none did."""
-        finite = [value for value in self.sqnr_db.values() if math.isfinite(value)]
-        return sum(finite) / len(finite) if finite else math.inf
+        return mean_db(self.sqnr_db.values())
 
     def worst(self, count: int = 3) -> list[tuple[str, float]]:
         """The layers with the lowest SQNR, worst first."""
@@ -158,9 +158,8 @@ def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
     from omni_convert.converter.execute import buffer_bytes, scale_bytes
 
     workers = threads or processors()
-    shards = sum(shard.size for part in plan.components for shard in part.shards)
     memory = workers * buffer_bytes(plan) + (workers + 1) * scale_bytes(plan)
-    return memory, shards + (0 if link else plan.bytes_copied)
+    return memory, plan.disk_bytes(linked=link)
 
 
 def _output_folder(plan: Plan, out: Path, overwrite: bool) -> OutputFolder:

@@ -57,8 +57,7 @@ class OutputFolder:
         self._check_place()
         self._check_obstacles()
         self._check_contents()
-        needed = sum(shard.size for component in self.plan.components for shard in component.shards)
-        needed += 0 if linked else self.plan.bytes_copied
+        needed = self.plan.disk_bytes(linked=linked)
         replaced = (*self.files, *self._stale, *(name + PARTIAL_SUFFIX for name in self.files))
         reusable = sum(_freed_bytes(self.path / name) for name in replaced)
         free = shutil.disk_usage(_existing_parent(self.path)).free
@@ -78,9 +77,7 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock_marker()
         (self.path / MARKER_NAME).write_bytes(encode_json(self.job))
-        for name in (*reversed(self.seals), *self._stale, *self.files):
-            _remove(self.path / name)
-            _remove(self.path / (name + PARTIAL_SUFFIX))
+        self._remove_files()
         for name in self.files:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
 
@@ -98,9 +95,7 @@ class OutputFolder:
         """Remove everything of this run, if the folder was taken: it is as empty as before."""
         if self._lock is None:
             return
-        for name in (*reversed(self.seals), *self.files):
-            _remove(self.path / name)
-            _remove(self.path / (name + PARTIAL_SUFFIX))
+        self._remove_files()
         _remove(self.path / MARKER_NAME)
         folders = {parent for name in self.files for parent in (self.path / name).parents}
         for folder in sorted(folders, key=lambda item: -len(item.parts)):
@@ -110,6 +105,12 @@ class OutputFolder:
             with suppress(OSError):  # gone already, or in use by now
                 folder.rmdir()
         self._unlock()
+
+    def _remove_files(self) -> None:
+        """What this run writes or replaces, whole or not; seals first, so that it never looks complete."""
+        for name in (*reversed(self.seals), *self._stale, *self.files):
+            _remove(self.path / name)
+            _remove(self.path / (name + PARTIAL_SUFFIX))
 
     def _lock_marker(self) -> None:
         """Hold the marker until ``finish`` or ``give_back``; the system lets go of it if this process dies."""

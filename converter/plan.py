@@ -123,6 +123,11 @@ class Plan:
         """Bytes of the files that arrive unchanged."""
         return sum(self.checkpoint.others.values())
 
+    def disk_bytes(self, *, linked: bool) -> int:
+        """Bytes that the output takes; ``linked``: unchanged files become hard links."""
+        shards = sum(shard.size for part in self.components for shard in part.shards)
+        return shards + (0 if linked else self.bytes_copied)
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per source weight in the quantized components, scales and kept tensors included."""

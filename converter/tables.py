@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from omni_convert.formats.errors import printable
 
@@ -22,6 +22,12 @@ def format_bytes(count: float) -> str:
 def format_db(value: float) -> str:
     """A signal-to-noise ratio; infinite where nothing was lost."""
     return f"{value:.2f} dB" if math.isfinite(value) else "exact"
+
+
+def mean_db(values: Iterable[float]) -> float:
+    """Mean over the layers that lost anything; infinite if none did."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), header: bool = True) -> str:

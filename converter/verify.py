@@ -5,7 +5,6 @@ It shares no code with the writer beyond the header reader and the format's cont
 
 from __future__ import annotations
 
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
-from omni_convert.converter.tables import format_db, format_table, layer_patterns
+from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
@@ -65,8 +64,7 @@ class Verification:
                 lines.append(f"  {check.name}: ... and {len(check.problems) - 10} more (--json lists all)")
         if self.layers:
             worst = sorted(self.layers, key=lambda item: item.sqnr_db)[:3]
-            lossy = [item.sqnr_db for item in self.layers if math.isfinite(item.sqnr_db)]
-            mean = sum(lossy) / len(lossy) if lossy else math.inf
+            mean = mean_db(item.sqnr_db for item in self.layers)
             lines += ["", self._error_table(), ""]
             lines.append(f"mean SQNR {format_db(mean)} over {len(self.layers)} layers; worst:")
             lines += [f"  {format_db(item.sqnr_db)}  {item.layer}" for item in worst]

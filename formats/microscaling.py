@@ -69,6 +69,7 @@ class Element:
 
 E4M3 = Element(name="e4m3", largest=448.0, emax=8, emin=-6, mantissa_bits=3)
 E2M1 = Element(name="e2m1", largest=6.0, emax=2, emin=0, mantissa_bits=1)
+ELEMENTS = {element.name: element for element in (E4M3, E2M1)}
 
 
 def _e4m3_values() -> NDArray[np.float32]:

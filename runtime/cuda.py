@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omni_convert.runtime.cpu import MAX_COLUMNS_S8
 from omni_convert.runtime.reference import quantize_rows, rescale
 
 MULTIPLE = 8  # cuBLASLt: N and K in int8
@@ -20,7 +21,7 @@ def refuse_int_mm(shape: tuple[int, int]) -> str | None:
     """Why ``torch._int_mm`` cannot run a weight of ``shape`` (N, K) on CUDA; None if it can."""
     if any(size % MULTIPLE for size in shape):
         return f"N, K are {shape[0]}, {shape[1]}: cuBLASLt needs multiples of {MULTIPLE}"
-    if shape[1] > 2**31 // (128 * 128) - 1:
+    if shape[1] > MAX_COLUMNS_S8:
         return f"K is {shape[1]}: the int32 accumulator could overflow"
     return None
 

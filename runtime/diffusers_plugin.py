@@ -20,7 +20,7 @@ from torch import nn
 from omni_convert.formats.config import parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import read_tensors
-from omni_convert.runtime.replace import MODULES, check_loaded, replace_linears
+from omni_convert.runtime.replace import MODULES, check_converted, check_loaded, replace_linears
 
 _log = logging.getLogger(__name__)
 
@@ -60,11 +60,7 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._replaced: list[str] = []
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized:
-            raise OmniConvertError(
-                "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
-                "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
-            )
+        check_converted(self.pre_quantized)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise OmniConvertError(

@@ -17,6 +17,19 @@ MODULES: Mapping[str, type[Int8Linear]] = {"int8": Int8Linear}
 """The module of each format, by ``quant_method``."""
 
 
+def check_converted(pre_quantized: bool) -> None:
+    """Whether a library's ``from_pretrained`` found our config in the checkpoint, not in its arguments.
+
+    Raises:
+        OmniConvertError: the config was passed for plain weights.
+    """
+    if not pre_quantized:
+        raise OmniConvertError(
+            "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
+            "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
+        )
+
+
 def check_runnable(where: str, method: str) -> None:
     """Whether a format has modules.
 

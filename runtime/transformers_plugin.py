@@ -17,7 +17,7 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.config import parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
-from omni_convert.runtime.replace import MODULES, check_loaded, check_runnable, replace_linears
+from omni_convert.runtime.replace import MODULES, check_converted, check_loaded, check_runnable, replace_linears
 
 _log = logging.getLogger(__name__)
 
@@ -51,11 +51,7 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 "device_map places layers on disk, expected CPU or GPU: Transformers cannot offload integer weights "
                 "there. Use more memory, or a device_map of CPU and GPU."
             )
-        if not self.pre_quantized:
-            raise OmniConvertError(
-                "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
-                "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
-            )
+        check_converted(self.pre_quantized)
 
     def is_serializable(self) -> bool:
         return True

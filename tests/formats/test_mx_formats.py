@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -24,13 +26,13 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format, NonFinite
 from omni_convert.formats.bits import OUTPUT_DTYPE
 from omni_convert.formats.header import TensorSpec
-from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4 import MXFP4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.mxfp8 import MXFP8
 
 DUAL = Mxfp4DualScale()
 SINGLE: dict[str, Format] = {
-    f"{make.name}-{rule}": make(scale_rule=rule) for make in (Mxfp8, Mxfp4) for rule in ("floor", "even", "rceil")
+    f"{fmt.name}-{rule}": replace(fmt, scale_rule=rule) for fmt in (MXFP8, MXFP4) for rule in ("floor", "even", "rceil")
 }
 KINDS: dict[str, Format] = {**SINGLE, DUAL.name: DUAL}
 COLUMNS = (32, 64, 96, 448, 512, 544, 1088)
@@ -38,7 +40,7 @@ TAILS = (1, 2, 31, 33, 63, 65, 100)
 SLACK = 1e-4
 
 every = pytest.mark.parametrize("fmt", KINDS.values(), ids=KINDS.keys())
-every_default = pytest.mark.parametrize("fmt", [Mxfp8(), Mxfp4(), DUAL], ids=lambda fmt: fmt.name)
+every_default = pytest.mark.parametrize("fmt", [MXFP8, MXFP4, DUAL], ids=lambda fmt: fmt.name)
 single = pytest.mark.parametrize("fmt", SINGLE.values(), ids=SINGLE.keys())
 
 
@@ -63,7 +65,7 @@ def test_mxfp8_bytes_worked_out_by_hand(dtype: str) -> None:
         row(-(1.75 * 2.0**-14), 2.0**-14),  # 448 and 256 times 2**-22
         row(-0.0, -0.0),
     ]
-    result = run_kernel(Mxfp8(), to_bits(values, dtype))
+    result = run_kernel(MXFP8, to_bits(values, dtype))
     assert [codes[:13].tobytes().hex() for codes in result.codes] == [
         "7efe383000585a81000200" + "7e7d",
         "76ee48" + 10 * "00",
@@ -82,7 +84,7 @@ def test_mxfp4_bytes_worked_out_by_hand(dtype: str) -> None:
         row(7, -3.5, 1),  # from 7 on: exponent 1
         row(-0.0, -0.0),
     ]
-    result = run_kernel(Mxfp4(), to_bits(values, dtype))
+    result = run_kernel(MXFP4, to_bits(values, dtype))
     assert [codes[:13].tobytes().hex() for codes in result.codes] == [
         "4ccc48c8404038380000003048",
         "4ccc40" + 10 * "00",
@@ -316,7 +318,7 @@ def test_both_dequantizers_agree_on_subnormal_weights() -> None:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.filterwarnings("ignore:overflow")
-@pytest.mark.parametrize("fmt", [Mxfp8(), Mxfp4()], ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("fmt", [MXFP8, MXFP4], ids=lambda fmt: fmt.name)
 def test_largest_finite_value_dequantizes_to_a_finite_one(fmt: Format, dtype: str) -> None:
     bits = np.full((1, 32), INFINITY[dtype] - 1, "<u2" if dtype == "BF16" else "<u4")
     assert np.isfinite(fmt.dequantize_rows(run_kernel(fmt, Tensor(dtype, bits)).tensors)).all()
@@ -379,7 +381,7 @@ def test_shapes_that_cannot_be_held(fmt: Format, shape: tuple[int, ...], reason:
 
 
 def test_shapes_that_can_be_held() -> None:
-    assert [fmt.refusal((1, 32)) for fmt in (Mxfp8(), Mxfp4())] == [None, None]
+    assert [fmt.refusal((1, 32)) for fmt in (MXFP8, MXFP4)] == [None, None]
     assert [DUAL.refusal((1, columns)) is None for columns in (32, 64, 96, 448, 576)] == [
         False,
         True,

@@ -7,6 +7,7 @@ above the element's is taken for the element's. None of that is met by the weigh
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from numpy.typing import NDArray
 from quantized import BINADE, ONE, SIGN, Quantized, as_bytes, run_kernel, to_torch
 
 from omni_convert.formats import microscaling as mx
-from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4 import MXFP4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.mxfp8 import MXFP8
 
 NAMES = ["mxfp8", "mxfp4"]
-FORMATS = {"mxfp8": Mxfp8, "mxfp4": Mxfp4}
+FORMATS = {"mxfp8": MXFP8, "mxfp4": MXFP4}
 ELEMENTS = {"mxfp8": mx.E4M3, "mxfp4": mx.E2M1}
 TIES = [1.0, 1.25, 1.5, 1.75, 1.8125, 1.875, 1.9375, 1.96875]
 
@@ -84,7 +85,7 @@ def torchao_blocks(weight: torch.Tensor, name: str, rule: str) -> tuple[NDArray[
 
 
 def check_torchao(weight: Tensor, name: str, rule: str) -> None:
-    found = run_kernel(FORMATS[name](scale_rule=rule), weight)
+    found = run_kernel(replace(FORMATS[name], scale_rule=rule), weight)
     codes, scale = torchao_blocks(to_torch(weight), name, rule)
     assert np.array_equal(found.scale, scale)
     assert np.array_equal(found.codes, codes)
@@ -125,7 +126,7 @@ def divided_by_coarse(weight: Tensor, found: Quantized) -> NDArray[np.float32]:
 
 def scaled_blocks(weight: Tensor, name: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights divided by the scales that our format chose, and the values that it made of them."""
-    fmt = {**FORMATS, "mxfp4_dualscale": Mxfp4DualScale}[name]()
+    fmt = {**FORMATS, "mxfp4_dualscale": Mxfp4DualScale()}[name]
     found = run_kernel(fmt, weight)
     values = divided_by_coarse(weight, found) if name == "mxfp4_dualscale" else to_values(weight)
     powers = np.ldexp(1.0, found.scale.astype(int) - 127)
@@ -176,7 +177,7 @@ def test_every_bf16_pattern(name: str, cast: Any) -> None:
 @each_format
 def test_gfloat_chooses_the_scales_of_rule_floor(name: str, sample: str) -> None:
     block = pytest.importorskip("gfloat.block")
-    found = run_kernel(FORMATS[name](scale_rule="floor"), SAMPLES[sample])
+    found = run_kernel(replace(FORMATS[name], scale_rule="floor"), SAMPLES[sample])
     blocks = to_values(SAMPLES[sample]).astype(np.float64).reshape(-1, 32)
     scales = [block.compute_scale_amax(ELEMENTS[name].emax, values) for values in blocks]
     assert found.scale.ravel().tolist() == [int(np.log2(scale)) + 127 for scale in scales]

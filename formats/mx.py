@@ -1,0 +1,107 @@
+"""The MX formats with one scale: a value of ``Mx`` is MXFP8 or MXFP4; their contracts stand in files of those names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from omni_convert.formats.base import NonFinite
+from omni_convert.formats.header import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from omni_convert.formats.microscaling import Element
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mx:
+    """Small floats with one power-of-two scale per 32 weights along K.
+
+    ``element`` and ``scale_rule``: see ``microscaling``. ``settings``: further keys of ``quantization_config``.
+    """
+
+    name: str
+    element: str
+    scale_rule: str
+    settings: tuple[tuple[str, Any], ...] = ()
+    suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+
+    @property
+    def serialized_flag(self) -> str:
+        return f"is_checkpoint_{self.name}_serialized"
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) != 2:
+            return f"{self.name} needs a 2-D weight, this one has {len(shape)} dimensions"
+        if 0 in shape:
+            return "the weight is empty"
+        return f"K is {shape[1]}, {self.name} needs a multiple of 32" if shape[1] % 32 else None
+
+    def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        blocks = -(-shape[1] // 32)
+        return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale": TensorSpec("U8", (shape[0], blocks))}
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        import torch
+
+        from omni_convert.formats import microscaling as mx
+
+        rows, columns = weight.shape
+        values, scale = mx.quantize_blocks(mx.to_blocks(weight), self._element, self.scale_rule)
+        return {"weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn), "weight_scale": scale}
+
+    def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        import torch
+
+        from omni_convert.formats import microscaling as mx
+
+        weight = tensors["weight"].to(torch.float32)
+        return weight * mx.scales_per_weight(tensors["weight_scale"], weight.shape[1])
+
+    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+        return {}
+
+    def quantize_rows(
+        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+    ) -> NonFinite | None:
+        from omni_convert.formats import mx_kernels
+        from omni_convert.formats.bits import first_nonfinite, kernel_bits
+
+        row = mx_kernels.mx_rows(
+            kernel_bits(bits, dtype), out["weight"], out["weight_scale"], power, self._element, self.scale_rule
+        )
+        return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
+
+    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        from omni_convert.formats import microscaling as mx
+
+        values: NDArray[np.float32] = mx.E4M3_VALUES[tensors["weight"]] * self._scales(tensors)
+        return values
+
+    def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        from omni_convert.formats import microscaling as mx
+
+        return mx.tolerance(self._element, self.scale_rule, tensors["weight"], self._scales(tensors))
+
+    def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": self.name,
+            self.serialized_flag: True,
+            "ignored_layers": list(ignored_layers),
+            **dict(self.settings),
+        }
+
+    def _scales(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        from omni_convert.formats import microscaling as mx
+
+        return mx.expand(mx.e8m0_values(tensors["weight_scale"]), tensors["weight"].shape[1])
+
+    @property
+    def _element(self) -> Element:
+        from omni_convert.formats import microscaling as mx
+
+        return mx.ELEMENTS[self.element]
