@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
 from omni_convert.formats import FORMATS
+from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
 _EPILOG = """\b
@@ -107,6 +108,35 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
     help=f"Format of the quantized weights: {', '.join(FORMATS)}.",
 )
 @click.option(
+    "--granularity",
+    type=click.Choice(["tensor", "channel", "block"]),
+    help="What shares a scale: the weight, a row, or a block (fp8; int8 is always channel).",
+)
+@click.option("--block-size", metavar="NxK", help="Rows x columns of a block, for example 128x128 (fp8).")
+@click.option(
+    "--activation-scheme",
+    type=click.Choice(["dynamic", "static"]),
+    help="Activation scales measured while running, or recorded in advance (fp8 per tensor).",
+)
+@click.option(
+    "--activation-scales",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Recorded scales for static activations: a JSON object, layer name to number.",
+)
+@click.option(
+    "--scale-rule",
+    type=click.Choice(SCALE_RULES),
+    help="How a block's power-of-two scale is chosen (mxfp8: rceil; mxfp4: even).",
+)
+@click.option(
+    "--quality",
+    type=click.Choice(QUALITIES),
+    default="fast",
+    show_default=True,
+    help="Scales from the largest weight, or searched for least error: slower to convert, same size and speed after.",
+)
+@click.option(
     "--ignore",
     multiple=True,
     metavar="PATTERN",
@@ -126,15 +156,22 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads; default: all processors.")
 @_json_option
 def convert(
-    model: Path, out: Path, method: str, ignore: tuple[str, ...], components: tuple[str, ...], dry_run: bool,
+    model: Path, out: Path, method: str, granularity: str | None, block_size: str | None,
+    activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str,
+    ignore: tuple[str, ...], components: tuple[str, ...], dry_run: bool,
     link: bool, overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
     from omni_convert.converter.convert import needs, plan, refusal, run
+    from omni_convert.converter.recipe import parse_block_size, read_input_scales
 
     started = time.perf_counter()
-    planned = plan(model, method=method, ignore=ignore, components=components)
+    planned = plan(
+        model, method=method, granularity=granularity, block_size=parse_block_size(block_size) if block_size else None,
+        activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality, ignore=ignore,
+        components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
+    )  # fmt: skip
     if dry_run:
         if obstacle := refusal(planned, out, link=link, overwrite=overwrite):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)

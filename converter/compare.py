@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from omni_convert.converter.checkpoint import Component
 from omni_convert.converter.files import processors
-from omni_convert.formats.base import Format
+from omni_convert.formats.base import Format, row_slice
 from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, to_float32
 from omni_convert.formats.header import Header, StoredTensor
 
@@ -75,20 +75,22 @@ def _compare_layer(
     layer: str, tensor: StoredTensor, shard: Header, parts: dict[str, tuple[StoredTensor, Header]], fmt: Format
 ) -> LayerComparison:
     rows = tensor.spec.shape[0]
-    step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes)
-    constants = {
-        suffix: _rows(part, header, 0, part.spec.shape[0], OUTPUT_DTYPE[part.spec.dtype]).reshape(part.spec.shape)
+    together = fmt.rows_per_scale
+    step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes // together) * together
+    whole = {
+        suffix: _rows(part, header, slice(0, part.spec.shape[0]), OUTPUT_DTYPE[part.spec.dtype])
         for suffix, (part, header) in parts.items()
-        if suffix in fmt.constants(tensor.spec.shape)
+        if suffix in fmt.whole_suffixes
     }
     signal = noise = largest = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = to_float32(_rows(tensor, shard, start, stop, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
-        ours = constants | {
-            suffix: _rows(part, header, start, stop, OUTPUT_DTYPE[part.spec.dtype])
+        rows_here, scales = slice(start, stop), row_slice(fmt, start, stop)
+        weight = to_float32(_rows(tensor, shard, rows_here, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
+        ours = whole | {
+            suffix: _rows(part, header, rows_here if suffix == "weight" else scales, OUTPUT_DTYPE[part.spec.dtype])
             for suffix, (part, header) in parts.items()
-            if suffix not in constants
+            if suffix not in whole
         }
         error = fmt.dequantize_rows(ours) - weight
         largest = float(np.maximum(largest, np.max(_share(np.abs(error), fmt.tolerance(ours)))))  # NaN stays NaN
@@ -106,8 +108,9 @@ def _share(error: NDArray[np.float32], tolerance: NDArray[np.float32]) -> NDArra
     return share
 
 
-def _rows(tensor: StoredTensor, shard: Header, start: int, stop: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _rows(tensor: StoredTensor, shard: Header, rows: slice, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """``rows`` of the first dimension."""
     row_bytes = tensor.spec.nbytes // tensor.spec.shape[0]
-    count = (stop - start) * row_bytes // dtype.itemsize
-    values = np.fromfile(shard.path, dtype, count, offset=tensor.start + start * row_bytes)
-    return values.reshape(stop - start, -1)
+    count = (rows.stop - rows.start) * row_bytes // dtype.itemsize
+    values: NDArray[Any] = np.fromfile(shard.path, dtype, count, offset=tensor.start + rows.start * row_bytes)
+    return values.reshape((rows.stop - rows.start, *tensor.spec.shape[1:]))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,15 @@ from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, job_identity, total_size
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.plan import Plan, make_plan
-from omni_convert.converter.recipe import Pattern, Recipe
+from omni_convert.converter.recipe import Choices, make_recipe
 from omni_convert.converter.tables import mean_db
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from typing_extensions import Unpack
 
     from omni_convert.converter.execute import Outcome
 
@@ -63,11 +65,9 @@ class Report:
         return {"out": str(self.out), **figures, "mean_sqnr_db": number(self.mean_sqnr_db), "worst_layers": worst}
 
 
-def plan(
-    source: str | os.PathLike[str], *, method: str, ignore: Sequence[str] = (), components: Sequence[str] = ()
-) -> Plan:
+def plan(source: str | os.PathLike[str], **choices: Unpack[Choices]) -> Plan:
     """Decide what a conversion would do, from headers alone. Arguments as in ``convert``."""
-    recipe = Recipe(method=method, ignore=tuple(map(Pattern, ignore)), components=tuple(components))
+    recipe = make_recipe(**choices)
     return make_plan(open_checkpoint(Path(source), recipe.components), recipe)
 
 
@@ -75,34 +75,33 @@ def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    method: str,
-    ignore: Sequence[str] = (),
-    components: Sequence[str] = (),
     threads: int | None = None,
     link: bool = False,
     overwrite: bool = False,
     hash_source: bool = False,
     progress: bool = False,
+    **choices: Unpack[Choices],
 ) -> Report:
     """Convert a BF16, FP16 or FP32 checkpoint into a quantized one.
 
     Args:
         source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
         out: a new or empty folder.
-        method: the format, a key of ``omni_convert.formats.FORMATS``.
-        ignore: layers to keep: parts of names, globs over whole names, or ``re:`` regular expressions.
-        components: of a pipeline, what to quantize; default: the diffusion transformers.
         threads: default: the processors this process may use. The bytes do not depend on it.
         link: hard-link files that arrive unchanged.
         overwrite: replace what ``out`` holds.
         hash_source: record the sha256 of every source file.
         progress: show a progress bar on stderr (if it is a terminal).
+        choices: ``method``, the format; ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule`` and
+            ``quality`` as ``formats.make_format`` takes them; ``ignore``, layers to keep: parts of names, globs over
+            whole names, or ``re:`` regular expressions; ``components``: of a pipeline, what to quantize, default
+            the diffusion transformers; ``input_scales``: layer -> scale of its activations, for static ones.
 
     Raises:
         OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
     """
     started = time.perf_counter()
-    planned = plan(source, method=method, ignore=ignore, components=components)
+    planned = plan(source, **choices)
     return run(
         planned, Path(out), threads=threads, link=link, overwrite=overwrite, hash_source=hash_source,
         progress=progress, started=started,

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from omni_convert.converter.output import OutputFile, read_into
 from omni_convert.converter.plan import Plan, ShardPlan, TensorPlan
-from omni_convert.formats.base import Format
-from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE
+from omni_convert.formats.base import Facts, Format, row_slice
+from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, amax
 from omni_convert.formats.errors import OmniConvertError, printable
 
 JOB_BYTES = 4 << 20
@@ -51,14 +51,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Job:
-    """A piece of work: ``run(buffer)`` with a buffer of at least ``size`` bytes; ``size`` bytes of source."""
+    """A piece of work: ``run(buffer)`` with a buffer of at least ``size`` bytes; ``size`` bytes of source.
+
+    ``counts``: whether these bytes are done afterwards (not if they will be read again).
+    """
 
     size: int
     run: Callable[[memoryview], None]
+    counts: bool = True
 
 
 class _Source:
-    """A source file of which ``size`` bytes will be read, each once: open from the first of them to the last."""
+    """A source file of which ``size`` bytes will be read: open from the first of them to the last."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
@@ -138,7 +142,9 @@ def execute(
 def buffer_bytes(plan: Plan) -> int:
     """Working memory of one thread: its read buffer, the rows it writes, and a piece read back for hashing."""
     rows = (
-        tensor.source.spec.nbytes // tensor.source.spec.shape[0] for tensor in plan.tensors() if tensor.decision.format
+        tensor.decision.format.rows_per_scale * tensor.source.spec.nbytes // tensor.source.spec.shape[0]
+        for tensor in plan.tensors()
+        if tensor.decision.format
     )
     return 3 * max(JOB_BYTES, *rows, 0)
 
@@ -154,7 +160,9 @@ def scale_bytes(plan: Plan) -> int:
 
 
 def _add_shard(work: _Work, component: str, shard: ShardPlan, relative: str, out: Path) -> None:
-    source = work.add_source(shard.source.path, sum(tensor.source.spec.nbytes for tensor in shard.tensors))
+    source = work.add_source(
+        shard.source.path, sum(tensor.source.spec.nbytes * (1 + _needs_amax(tensor)) for tensor in shard.tensors)
+    )
     spans: list[tuple[int, int]] = [(0, len(shard.header))]
     first_span: dict[str, int] = {}
     offset = len(shard.header)
@@ -185,8 +193,15 @@ def _piece_bytes(tensor: TensorPlan) -> int:
 
 
 def _rows_per_job(tensor: TensorPlan) -> int:
-    spec = tensor.source.spec
-    return max(1, JOB_BYTES // (spec.nbytes // spec.shape[0]))
+    """As many rows as ``JOB_BYTES`` hold, in whole groups of rows that share scales."""
+    assert tensor.decision.format is not None
+    spec, together = tensor.source.spec, tensor.decision.format.rows_per_scale
+    return max(1, JOB_BYTES * spec.shape[0] // spec.nbytes // together) * together
+
+
+def _needs_amax(tensor: TensorPlan) -> bool:
+    """Whether the whole weight is read once before it is quantized."""
+    return tensor.decision.format is not None and "amax" in tensor.decision.format.needs
 
 
 def _add_copy(work: _Work, path: Path, relative: str, out: Path, link: bool) -> None:
@@ -213,7 +228,11 @@ def _copy_jobs(source: _Source, start: int, nbytes: int, file: OutputFile, span:
 
 
 class _WeightWriter:
-    """Quantizes one weight, some rows at a time, and writes its scales when the last rows are done."""
+    """Quantizes one weight, some rows at a time, and writes its scales when the last rows are done.
+
+    A format that needs the weight's largest magnitude has it read first; jobs are handed out in order, so whoever
+    waits for it waits for jobs that other threads have already begun.
+    """
 
     def __init__(
         self,
@@ -233,33 +252,62 @@ class _WeightWriter:
         self.file = file
         self.first_span = first_span
         self.side: dict[str, NDArray[Any]] = {}
-        self.constants = fmt.constants(tensor.source.spec.shape)
+        self.facts = Facts(input_scale=tensor.input_scale)
+        self.measured = Event()
+        self.amax = np.float32(0)
         self.power: NDArray[np.float64] = np.empty((0, 2))
         self.lock = Lock()
         self.left = 0
 
     def jobs(self) -> Iterator[_Job]:
         rows = self.tensor.source.spec.shape[0]
-        step = _rows_per_job(self.tensor)
-        starts = range(0, rows, step)
-        self.left = len(starts)
         row_bytes = self.tensor.source.spec.nbytes // rows
-        for index, start in enumerate(starts):
-            stop = min(start + step, rows)
+        step = _rows_per_job(self.tensor)
+        pieces = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        if _needs_amax(self.tensor):
+            self.left = len(pieces)
+            for start, stop in pieces:
+                yield _Job((stop - start) * row_bytes, self._amax_job(start, stop), counts=False)
+        else:
+            self.measured.set()
+        for index, (start, stop) in enumerate(pieces):
             span = self.first_span[self.tensor.name] + index
             yield _Job((stop - start) * row_bytes, self._rows_job(start, stop, span))
 
+    def _read(self, buffer: memoryview, start: int, stop: int) -> NDArray[Any]:
+        spec = self.tensor.source.spec
+        row_bytes = spec.nbytes // spec.shape[0]
+        size = (stop - start) * row_bytes
+        self.source.read(buffer[:size], self.tensor.source.start + start * row_bytes)
+        return np.frombuffer(buffer[:size], NUMPY_DTYPE[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+
+    def _amax_job(self, start: int, stop: int) -> Callable[[memoryview], None]:
+        def run(buffer: memoryview) -> None:
+            largest = np.float32(np.nan)
+            try:
+                largest = amax(self._read(buffer, start, stop), self.tensor.source.spec.dtype)
+            finally:  # also after an error, which others must not wait for
+                with self.lock:
+                    self.amax = np.maximum(self.amax, largest)  # NaN wins
+                    self.left -= 1
+                    if not self.left:
+                        self.facts = self.facts._replace(amax=float(self.amax))
+                        self.measured.set()
+
+        return run
+
     def _rows_job(self, start: int, stop: int, span: int) -> Callable[[memoryview], None]:
         def run(buffer: memoryview) -> None:
-            spec = self.tensor.source.spec
-            size = (stop - start) * spec.nbytes // spec.shape[0]
-            self.source.read(buffer[:size], self.tensor.source.start + start * spec.nbytes // spec.shape[0])
-            bits = np.frombuffer(buffer[:size], NUMPY_DTYPE[spec.dtype]).reshape(stop - start, *spec.shape[1:])
+            bits = self._read(buffer, start, stop)
+            self.measured.wait()
             self._allocate()
             weight = self.tensor.outputs[self.tensor.name]
             codes = _scratch(OUTPUT_DTYPE[weight.dtype], (stop - start, *weight.shape[1:]))
-            out = {"weight": codes} | {suffix: array[start:stop] for suffix, array in self.side.items()}
-            bad = self.format.quantize_rows(bits, spec.dtype, out, self.power[start:stop])
+            scales = row_slice(self.format, start, stop)
+            out = {"weight": codes} | {suffix: array[scales] for suffix, array in self.side.items()}
+            bad = self.format.quantize_rows(
+                bits, self.tensor.source.spec.dtype, out, self.power[start:stop], self.facts
+            )
             if bad is not None:
                 raise OmniConvertError(
                     f"{self.source.path}: tensor {printable(self.tensor.name)} holds NaN or Inf at row "
@@ -274,21 +322,24 @@ class _WeightWriter:
 
     def _allocate(self) -> None:
         with self.lock:
-            if not len(self.power):
-                specs = self.format.tensors(self.tensor.source.spec.shape)
-                self.side = {
-                    suffix: np.empty(spec.shape, OUTPUT_DTYPE[spec.dtype])
-                    for suffix, spec in specs.items()
-                    if suffix != "weight" and suffix not in self.constants
-                }
-                self.power = np.empty((self.tensor.source.spec.shape[0], 2))
+            if len(self.power):
+                return
+            specs = self.format.tensors(self.tensor.source.spec.shape)
+            self.side = {
+                suffix: np.empty(spec.shape, OUTPUT_DTYPE[spec.dtype])
+                for suffix, spec in specs.items()
+                if suffix != "weight" and suffix not in self.format.whole_suffixes
+            }
+            self.power = np.empty((self.tensor.source.spec.shape[0], 2))
+            self.left = -(-self.tensor.source.spec.shape[0] // _rows_per_job(self.tensor))
 
     def _finish_rows(self) -> None:
         with self.lock:
             self.left -= 1
             if self.left:
                 return
-        for suffix, array in (self.side | self.constants).items():
+        whole = self.format.whole(self.tensor.source.spec.shape, self.facts)
+        for suffix, array in (self.side | whole).items():
             span = self.first_span[f"{self.tensor.layer}.{suffix}"]
             self.file.write(span, array.data.cast("B"))
         signal, noise = self.power.sum(axis=0)
@@ -322,8 +373,9 @@ def _run_jobs(jobs: list[_Job], threads: int, progress: Callable[[int], None]) -
             if job is None:
                 return
             job.run(buffer)
-            with lock:
-                progress(job.size)
+            if job.counts:
+                with lock:
+                    progress(job.size)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="omni-convert") as pool:
         futures = [pool.submit(worker) for _ in range(threads)]

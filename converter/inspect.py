@@ -10,7 +10,9 @@ from typing import Any
 
 from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
 from omni_convert.converter.tables import format_bytes, format_table
-from omni_convert.formats import FORMATS
+from omni_convert.formats import format_label
+from omni_convert.formats.base import Format
+from omni_convert.formats.config import parse_config
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_json
 
@@ -96,9 +98,18 @@ def quant_method(component: Component) -> str | None:
     return str(config.get("quant_method")) if isinstance(config, dict) else None
 
 
+def announced_format(component: Component) -> Format | None:
+    """The format that a component's config announces, if it is one of ours."""
+    try:
+        return parse_config((component.config or {}).get("quantization_config")).format
+    except OmniConvertError:
+        return None
+
+
 def _summarize(component: Component) -> ComponentSummary:
-    method = quant_method(component)
-    suffixes = tuple(FORMATS[method].suffixes) if method and method in FORMATS else ()
+    fmt = announced_format(component)
+    method = format_label(fmt) if fmt else quant_method(component)
+    suffixes = tuple(fmt.suffixes) if fmt else ()
     quantized = quantized_layers(component, suffixes) if suffixes else set()
     side = {f"{layer}.{suffix}" for layer in quantized for suffix in suffixes if suffix != "weight"}
     tensors, sizes, weights, kept = Counter[str](), Counter[str](), 0, 0

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.recipe import Pattern, Recipe, check_patterns
+from omni_convert.converter.recipe import Pattern, Recipe, check_patterns, closest_names
 from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
@@ -39,6 +39,8 @@ class TensorPlan:
     decision: Decision
     group: str | None = None
     """The name under which an engine fuses this layer with others."""
+    input_scale: float | None = None
+    """Of the layer's activations, recorded beforehand."""
 
     @property
     def layer(self) -> str:
@@ -218,6 +220,7 @@ def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
                 source=tensor,
                 decision=_decide(name, tensor.spec, table, recipe),
                 group=_group_name(name, table),
+                input_scale=_input_scale(name, component, recipe),
             )
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
         )
@@ -227,6 +230,8 @@ def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
     all_tensors = [tensor for shard in shards for tensor in shard.tensors]
     if table:
         _check_groups(table, all_tensors)
+    if recipe.input_scales:
+        _check_input_scales(component, recipe, all_tensors)
     return ComponentPlan(
         component=component,
         shards=tuple(shards),
@@ -264,6 +269,22 @@ def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Rec
             return keep(f"--ignore {pattern}")
     refusal = recipe.format.refusal(spec.shape)
     return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
+
+
+def _input_scale(name: str, component: Component, recipe: Recipe) -> float | None:
+    layer = name.removesuffix(".weight")
+    return recipe.input_scales.get(f"{component.name}.{layer}", recipe.input_scales.get(layer))
+
+
+def _check_input_scales(component: Component, recipe: Recipe, tensors: Sequence[TensorPlan]) -> None:
+    without = [tensor.layer for tensor in tensors if tensor.decision.format and tensor.input_scale is None]
+    if without:
+        close = closest_names(without[0], recipe.input_scales)
+        raise UsageError(
+            f"--activation-scales has no scale for {len(without)} layers of {component.name or 'the model'}, the "
+            f"first is {without[0]} (the file has {', '.join(close)}, ...). Record them, or keep these layers with "
+            "--ignore."
+        )
 
 
 def _known_as(pattern: Pattern, layer: str, table: Architecture | None) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
-from omni_convert.formats import FORMATS
+from omni_convert.formats import format_options, make_format
 from omni_convert.formats.base import Format
-from omni_convert.formats.errors import UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
+from omni_convert.formats.layout import read_json
 
 
 @dataclass(frozen=True)
@@ -48,34 +50,112 @@ class Pattern:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One conversion: the format, the layers to keep, the pipeline components to quantize (empty: the default)."""
+    """One conversion: the format, the layers to keep, the pipeline components to quantize (empty: the default).
 
-    method: str
+    ``input_scales``: the recorded scale of every layer's activations, by layer or ``component.layer`` (static
+    activations only).
+    """
+
+    format: Format
     ignore: tuple[Pattern, ...] = ()
     components: tuple[str, ...] = ()
+    input_scales: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in FORMATS:
-            raise UsageError(f"--method is {self.method!r}, expected one of {', '.join(FORMATS)}.")
+        needed = "input_scale" in self.format.needs
+        if needed and not self.input_scales:
+            raise UsageError(
+                "--activation-scheme static writes an input_scale for every layer, and the source holds none. Give "
+                "them with --activation-scales FILE: a JSON object of layer names and scales (the largest magnitude "
+                "of the layer's input over representative prompts / 448). Or use --activation-scheme dynamic."
+            )
+        if self.input_scales and not needed:
+            raise UsageError(
+                "--activation-scales needs --activation-scheme static: with dynamic activations nothing is stored."
+            )
 
     @property
-    def format(self) -> Format:
-        return FORMATS[self.method]
+    def method(self) -> str:
+        return self.format.name
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "method": self.method,
+            "options": format_options(self.format),
             "ignore": [str(pattern) for pattern in self.ignore],
             "components": list(self.components),
+            **({"input_scales": dict(self.input_scales)} if self.input_scales else {}),
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Recipe:
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of ``to_dict``."""
+        options = dict(data["options"])
+        if "block_size" in options:
+            options["block_size"] = tuple(options["block_size"])
         return cls(
-            method=data["method"],
+            format=make_format(data["method"], **options),
             ignore=tuple(map(Pattern, data["ignore"])),
             components=tuple(data["components"]),
+            input_scales=data.get("input_scales", {}),
         )
+
+
+class _Method(TypedDict):
+    method: str
+
+
+class Choices(_Method, total=False):
+    """The keyword arguments of ``make_recipe``."""
+
+    granularity: str | None
+    block_size: tuple[int, int] | None
+    activation_scheme: str | None
+    scale_rule: str | None
+    quality: str | None
+    ignore: Sequence[str]
+    components: Sequence[str]
+    input_scales: Mapping[str, float] | None
+
+
+def make_recipe(
+    *,
+    ignore: Sequence[str] = (),
+    components: Sequence[str] = (),
+    input_scales: Mapping[str, float] | None = None,
+    **options: Any,
+) -> Recipe:
+    """A recipe from plain values; ``options`` as ``make_format`` takes them."""
+    return Recipe(
+        format=make_format(**options),
+        ignore=tuple(map(Pattern, ignore)),
+        components=tuple(components),
+        input_scales=input_scales or {},
+    )
+
+
+def parse_block_size(text: str) -> tuple[int, int]:
+    """``128x128`` -> (128, 128): rows and columns of a block."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if not match:
+        raise UsageError(f"--block-size is {text!r}, expected rows and columns, as in 128x128.")
+    return int(match[1]), int(match[2])
+
+
+def read_input_scales(path: Path) -> dict[str, float]:
+    """Layer -> scale of its activations, from a JSON object.
+
+    Raises:
+        OmniConvertError: not a JSON object of finite positive numbers.
+    """
+    scales = read_json(path)
+    for layer, scale in scales.items():
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not 1e-38 < scale < 1e38:
+            raise OmniConvertError(
+                f"{path}: the scale of {printable(layer)} is {printable(scale)}, expected a finite positive number."
+            )
+    return scales
 
 
 def check_patterns(patterns: Iterable[Pattern], layers: Collection[str]) -> None:

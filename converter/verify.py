@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,10 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
+from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
+from omni_convert.converter.values import value_problems
+from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
@@ -94,6 +97,7 @@ def verify(
     manifest = _read_manifest(root)
     result = Verification(path=str(root))
     result.checks.append(_check_files(root, manifest["files"], progress))
+    fmt = Recipe.from_dict(manifest["recipe"]).format
     components: dict[str, Component] = {}
     for name, entry in manifest["components"].items():
         try:
@@ -101,13 +105,13 @@ def verify(
         except OmniConvertError as error:
             result.checks.append(Check(f"{_title(name)} headers", "weight files and index", (str(error),)))
             continue
-        result.checks += _check_component(components[name], entry["tensors"], _title(name))
+        result.checks += _check_component(components[name], fmt, entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
         result.checks.append(_check_source(original, manifest["source"]))
         if result.ok:
             for name, component in components.items():
-                _compare(result, original, component, name)
+                _compare(result, original, component, fmt, name)
     return result
 
 
@@ -134,6 +138,10 @@ def _is_manifest(data: Mapping[str, Any]) -> bool:
         )
 
     source, components = data.get("source"), data.get("components")
+    try:
+        Recipe.from_dict(data["recipe"])
+    except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
+        return False
     return (
         entries(data.get("files"), "size", "sha256")
         and isinstance(source, dict)
@@ -179,52 +187,62 @@ def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], 
     return None if digest == entry["sha256"] else "its sha256 differs: the content changed. Convert again."
 
 
-def _check_component(component: Component, decisions: Mapping[str, Any], title: str) -> list[Check]:
-    raw = (component.config or {}).get("quantization_config")
+def _check_component(component: Component, fmt: Format, decisions: Mapping[str, Any], title: str) -> list[Check]:
+    where = f"{component.relative('config.json')}: quantization_config"
     try:
-        config = parse_config(raw, f"{component.relative('config.json')}: quantization_config")
+        config = parse_config((component.config or {}).get("quantization_config"), where)
+        found, expected = config.format.config(()), fmt.config(())
+        if found != expected:
+            raise OmniConvertError(f"{where}: announces {found}, expected {expected} as in the manifest's recipe.")
     except OmniConvertError as error:
         return [Check(f"{title} config", "quantization_config", (str(error),))]
-    structure = (*_structure_problems(component, config, decisions), *_index_problems(component))
+    layers = quantized_layers(component, tuple(fmt.suffixes))
+    structure = [*_structure_problems(component, config, fmt, decisions, layers), *_index_problems(component)]
+    values = [] if structure else value_problems(component, fmt, layers)
     return [
-        Check(f"{title} config", f"{config.format.name}, {len(config.ignored_layers)} ignored layers", ()),
-        Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", structure),
-        _check_scales(component, config, title),
+        Check(f"{title} config", f"{fmt.name}, {len(config.ignored_layers)} ignored layers", ()),
+        Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", tuple(structure)),
+        Check(f"{title} codes", f"codes and scales of {len(layers)} layers", tuple(values)),
     ]
 
 
-def _structure_problems(component: Component, config: QuantizationConfig, decisions: Mapping[str, Any]) -> list[str]:
+def _structure_problems(
+    component: Component,
+    config: QuantizationConfig,
+    fmt: Format,
+    decisions: Mapping[str, Any],
+    quantized: Collection[str],
+) -> Iterator[str]:
     """Tensors against the format's contract, the config's ignored layers and the manifest's decisions."""
-    fmt = config.format
     specs = {name: tensor.spec for name, tensor, _ in component.tensors()}
-    quantized = quantized_layers(component, tuple(fmt.suffixes))
     ignored = set(config.ignored_layers)
-    problems: list[str] = []
     expected = set(decisions)
     for name, decision in decisions.items():
         layer = name.removesuffix(".weight")
         if decision["action"] == "keep":
             if name in specs and layer in quantized:
-                problems.append(f"{name}: is quantized, expected it kept ({decision['why']}).")
+                yield f"{name}: is quantized, expected it kept ({decision['why']})."
             continue
         names = {f"{layer}.{suffix}" for suffix in fmt.suffixes}
         expected |= names
         if missing := names - specs.keys():
-            problems.append(f"{layer}: lacks {', '.join(sorted(missing))}.")
+            yield f"{layer}: lacks {', '.join(sorted(missing))}."
+            continue
+        if refusal := fmt.refusal(specs[name].shape):
+            yield f"{name}: has shape {specs[name].shape}: {refusal}."
             continue
         for suffix, spec in fmt.tensors(specs[name].shape).items():
             if specs[f"{layer}.{suffix}"] != spec:
-                problems.append(f"{layer}.{suffix}: is {specs[f'{layer}.{suffix}']}, expected {spec}.")
+                yield f"{layer}.{suffix}: is {specs[f'{layer}.{suffix}']}, expected {spec}."
         if layer in ignored:
-            problems.append(f"{layer}: is quantized, but the config ignores it.")
-    problems += [f"{name}: is missing." for name in sorted(expected - specs.keys())]
-    problems += [f"{name}: is not in the manifest." for name in sorted(specs.keys() - expected)]
+            yield f"{layer}: is quantized, but the config ignores it."
+    yield from (f"{name}: is missing." for name in sorted(expected - specs.keys()))
+    yield from (f"{name}: is not in the manifest." for name in sorted(specs.keys() - expected))
     for name, spec in specs.items():
         layer = name.removesuffix(".weight")
         matrix = name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOAT_DTYPES
         if matrix and layer not in quantized and layer not in ignored:
-            problems.append(f"{layer}: is unquantized, but the config does not ignore it.")
-    return problems
+            yield f"{layer}: is unquantized, but the config does not ignore it."
 
 
 def _index_problems(component: Component) -> list[str]:
@@ -239,22 +257,6 @@ def _index_problems(component: Component) -> list[str]:
     if metadata.get("total_size") != total:
         problems.append(f"{index_name}: total_size is {metadata.get('total_size')}, expected {total}.")
     return problems
-
-
-def _check_scales(component: Component, config: QuantizationConfig, title: str) -> Check:
-    import numpy as np
-
-    problems: list[str] = []
-    count = 0
-    for name, tensor, shard in component.tensors():
-        if tensor.spec.dtype != "F32" or name.rpartition(".")[2] not in config.format.suffixes[1:]:
-            continue
-        count += 1
-        scale = np.fromfile(shard.path, "<f4", tensor.spec.numel, offset=tensor.start)
-        bad = np.flatnonzero(~(np.isfinite(scale) & (scale > 0)))
-        if bad.size:
-            problems.append(f"{name}: row {bad[0]} holds {scale[bad[0]]}, expected a finite positive scale.")
-    return Check(f"{title} scales", f"{count} {config.format.name} scales, finite and positive", tuple(problems))
 
 
 def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
@@ -274,13 +276,12 @@ def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
     return Check("source", f"{len(recorded['files'])} files by size, weights by header", tuple(problems))
 
 
-def _compare(result: Verification, original: Path, component: Component, name: str) -> None:
+def _compare(result: Verification, original: Path, component: Component, fmt: Format, name: str) -> None:
     from omni_convert.converter.checkpoint import open_checkpoint
 
     names = () if component.name == "" else (component.name,)
     (source,) = open_checkpoint(original, names).components
-    config = parse_config((component.config or {}).get("quantization_config"))
-    layers, problems = compare_component(source, component, config.format)
+    layers, problems = compare_component(source, component, fmt)
     title = _title(name)
     result.layers += layers
     result.checks.append(

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+QUALITIES = ("fast", "balanced")
+SCALE_RULES = ("floor", "even", "rceil")
+"""How MX formats choose the exponent of a block; see ``microscaling``."""
+
+
+class Facts(NamedTuple):
+    """What some formats must know of a weight before its rows are quantized; each names what it ``needs``.
+
+    ``amax``: the largest magnitude of the whole weight, finite. ``input_scale``: of the layer's activations, recorded
+    beforehand (static activations).
+    """
+
+    amax: float | None = None
+    input_scale: float | None = None
+
+
+NO_FACTS = Facts()
 
 
 class NonFinite(NamedTuple):
@@ -31,37 +50,69 @@ class Format(Protocol):
         """The ``quant_method`` of ``quantization_config``."""
 
     @property
-    def serialized_flag(self) -> str:
-        """The config key that says "weights on disk are already quantized"."""
+    def options(self) -> Mapping[str, Sequence[str]]:
+        """What a conversion may choose: option -> its values (empty: any)."""
+
+    @property
+    def serialized_flag(self) -> str | None:
+        """The config key that says "weights on disk are already quantized"; None where the method says it."""
 
     @property
     def suffixes(self) -> Sequence[str]:
         """The suffixes of a quantized layer, in the order in which they are stored."""
 
+    @property
+    def whole_suffixes(self) -> Sequence[str]:
+        """Those whose tensor belongs to the weight as a whole; the first dimension of all others follows the rows."""
+
+    @property
+    def rows_per_scale(self) -> int:
+        """How many rows share their scales: work on a weight is split at multiples of it."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """The ``Facts`` without which this format cannot quantize some rows."""
+
+    @property
+    def valid_codes(self) -> NDArray[np.bool_] | None:
+        """(256,): which bytes ``weight`` may hold; None if any."""
+
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be held in this format; None if it can."""
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """Suffix -> dtype and shape on disk of a quantized weight of ``shape``."""
+        """Suffix -> dtype and shape on disk of a quantized weight of ``shape`` (N, K)."""
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The readable reference. ``weight``: (N, K), bf16, fp16 or fp32, finite, any device."""
+    def quantize(self, weight: torch.Tensor, facts: Facts = NO_FACTS) -> dict[str, torch.Tensor]:
+        """The readable reference. ``weight``: (N, K), bf16, fp16 or fp32, any device and strides.
+
+        (experts, N, K) is quantized expert by expert; every result then has one dimension more. ``facts``: those that
+        the weight does not show.
+
+        Raises:
+            OmniConvertError: NaN or Inf, an empty weight, or another number of dimensions.
+        """
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """float32 (N, K) from the tensors of ``quantize``."""
+        """float32 (N, K), or (experts, N, K), from the tensors of ``quantize``."""
 
-    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
-        """Suffixes whose tensor belongs to the weight as a whole and does not depend on its values."""
+    def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
+        """The tensors of ``whole_suffixes``: known before any row is quantized."""
 
     def quantize_rows(
-        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
         """Quantize some rows of a weight with the compiled CPU kernel: the same bits as ``quantize``.
 
-        ``bits``: (n, K) stored bits, uint16 for BF16 and F16, uint32 for F32. ``out``: suffix -> array that
-        receives the rows; ``constants`` are not among them.
+        ``bits``: (n, K) stored bits, uint16 for BF16 and F16, uint32 for F32, from a row that is a multiple of
+        ``rows_per_scale``. ``out``: suffix -> array that receives the rows; ``whole_suffixes`` are not among them.
         ``power``: (n, 2) float64, receives per row the sum of squares of the weight and of
-        the quantization error. Returns the first NaN or Inf, if any; ``out`` is then undefined.
+        the quantization error; None saves the time. Returns the first NaN or Inf, if any; ``out`` is then undefined.
         """
 
     def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -73,3 +124,59 @@ class Format(Protocol):
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         """``quantization_config`` of a serialized checkpoint: exactly the keys that engines accept."""
+
+
+def row_slice(fmt: Format, start: int, stop: int) -> slice:
+    """Where the scales of rows ``start`` to ``stop`` of a weight lie in the tensors that follow the rows."""
+    return slice(start // fmt.rows_per_scale, -(-stop // fmt.rows_per_scale))
+
+
+def refuse_shape(name: str, shape: tuple[int, ...], multiple: int = 1) -> str | None:
+    """Why ``shape`` is not (N, K) with K a ``multiple``; None if it is."""
+    if len(shape) != 2:
+        return f"{name} needs a 2-D weight, this one has {len(shape)} dimensions"
+    if 0 in shape:
+        return "the weight is empty"
+    return f"K is {shape[1]}, {name} needs a multiple of {multiple}" if shape[1] % multiple else None
+
+
+def checked_float32(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` in float32.
+
+    Raises:
+        OmniConvertError: it is empty, not 2-D or 3-D, or holds NaN or Inf.
+    """
+    import torch
+
+    if weight.dim() not in (2, 3) or not weight.numel():
+        raise OmniConvertError(
+            f"the weight has shape {tuple(weight.shape)}, expected (N, K) or (experts, N, K), not empty. "
+            "Leave this layer as it is."
+        )
+    finite = weight.isfinite()
+    if not bool(finite.all()):
+        place = tuple(torch.nonzero(~finite)[0].tolist())
+        raise OmniConvertError(
+            f"the weight holds {float(weight[place])} at {place}, expected finite values. Leave this layer as it is."
+        )
+    return weight.to(torch.float32)
+
+
+def stack_experts(
+    quantize: Callable[[torch.Tensor], dict[str, torch.Tensor]], weight: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """``quantize`` of every (N, K) of ``weight`` (experts, N, K), stacked."""
+    import torch
+
+    parts = [quantize(expert) for expert in weight.unbind()]
+    return {suffix: torch.stack([part[suffix] for part in parts]) for suffix in parts[0]}
+
+
+def unstack_experts(
+    dequantize: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """``dequantize`` of what ``stack_experts`` returned."""
+    import torch
+
+    experts = range(len(tensors["weight"]))
+    return torch.stack([dequantize({suffix: part[index] for suffix, part in tensors.items()}) for index in experts])

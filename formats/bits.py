@@ -38,3 +38,16 @@ def kernel_bits(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
 def first_nonfinite(bits: NDArray[Any], dtype: str) -> int:
     """Position of the first NaN or Inf of a row of stored bits that holds one."""
     return int(np.argmin(np.isfinite(to_float32(bits, dtype))))
+
+
+def amax(bits: NDArray[Any], dtype: str) -> np.float32:
+    """Largest magnitude of stored bits (any shape, not empty); NaN or Inf if one of them is.
+
+    Among values of one sign the pattern grows with the magnitude: read as signed integers the largest is the largest
+    of the positive values, read as unsigned ones the largest of the negative.
+    """
+    signed = bits.view(f"i{bits.itemsize}")
+    sign = 1 << (8 * bits.itemsize - 1)
+    largest = max(int(signed.max()), int(bits.max()) - sign)
+    value: np.float32 = to_float32(np.array([max(largest, 0)], NUMPY_DTYPE[dtype]), dtype)[0]
+    return value

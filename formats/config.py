@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
-from omni_convert.formats.errors import OmniConvertError, printable
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
+from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.mxfp4 import MXFP4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,22 +33,21 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
     """
     if not isinstance(data, Mapping):
         raise OmniConvertError(f"{where}: found {printable(data)}, expected an object. Convert the checkpoint again.")
-    method = data.get("quant_method", data.get("method"))
-    if not isinstance(method, str) or method not in FORMATS:
-        raise OmniConvertError(f"{where}: quant_method is {method!r}, expected one of {', '.join(FORMATS)}.")
-    fmt = FORMATS[method]
-    ignored = data.get("ignored_layers") or ()
+    fmt = _announced_format(data, where)
+    names_key = "ignore" if "ignore" in fmt.config(()) else "ignored_layers"
+    ignored = data.get(names_key) or ()
     if not isinstance(ignored, (list, tuple)) or not all(isinstance(name, str) for name in ignored):
-        raise OmniConvertError(f"{where}: ignored_layers is {ignored!r}, expected a list of layer names.")
+        raise OmniConvertError(f"{where}: {names_key} is {ignored!r}, expected a list of layer names.")
     config = QuantizationConfig(format=fmt, ignored_layers=tuple(ignored))
     expected = config.to_dict()
-    if data.get(fmt.serialized_flag, False) is not True:
+    flag = fmt.serialized_flag
+    if flag and data.get(flag, False) is not True:
         raise OmniConvertError(
-            f"{where}: {fmt.serialized_flag} is {data.get(fmt.serialized_flag)!r}, expected true: "
+            f"{where}: {flag} is {data.get(flag)!r}, expected true: "
             "engines would take the weights for unquantized ones. Convert the checkpoint again."
         )
     for key, value in data.items():
-        if key == "ignored_layers":
+        if key == names_key:
             continue
         key = "quant_method" if key == "method" else key
         if key not in expected or value != expected[key]:
@@ -55,3 +56,29 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
                 f"{f'{expected[key]!r}' if key in expected else 'no such key'}; {fmt.name} knows {', '.join(expected)}."
             )
     return config
+
+
+def _announced_format(data: Mapping[str, Any], where: str) -> Format:
+    """The format of the announced method, with the options that its keys spell."""
+    method = data.get("quant_method", data.get("method"))
+    if method == "modelopt" and data.get("quant_algo") == "FP8_PER_CHANNEL_PER_TOKEN":
+        return Fp8(granularity="channel")
+    if not isinstance(method, str) or method not in FORMATS:
+        raise OmniConvertError(f"{where}: quant_method is {method!r}, expected one of {', '.join(FORMATS)}.")
+    if method == "mxfp4" and data.get("mxfp4_scale_alg", 0) == 0:  # what engines assume where the key is absent
+        return replace(MXFP4, settings=tuple((key, 0) for key in data if key == "mxfp4_scale_alg"))
+    if method != "fp8":
+        return FORMATS[method]
+    block = data.get("weight_block_size")
+    try:
+        return Fp8(
+            granularity="tensor" if block is None else "block",
+            block_size=None if block is None else tuple(block),
+            activation_scheme=data.get("activation_scheme", "dynamic"),
+        )
+    except (UsageError, TypeError) as error:
+        raise OmniConvertError(
+            f"{where}: weight_block_size is {printable(block)} with activation_scheme "
+            f"{printable(data.get('activation_scheme'))}, expected nothing or two numbers, blocks with dynamic "
+            "activations. Convert the checkpoint again."
+        ) from error

@@ -23,8 +23,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from omni_convert.formats.base import NonFinite
+from omni_convert.formats.base import (
+    NO_FACTS,
+    QUALITIES,
+    Facts,
+    NonFinite,
+    checked_float32,
+    refuse_shape,
+    stack_experts,
+    unstack_experts,
+)
+from omni_convert.formats.engine import compiled, reference_rows
 from omni_convert.formats.header import TensorSpec
+from omni_convert.formats.scales import absmax_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,42 +49,56 @@ QMAX = 127.0
 class Int8:
     """INT8 with one float32 scale per output channel."""
 
+    quality: str = "fast"
     name: ClassVar[str] = "int8"
+    options: ClassVar[Mapping[str, Sequence[str]]] = {
+        "granularity": ("channel",),
+        "activation_scheme": ("dynamic",),
+        "quality": QUALITIES,
+    }
     serialized_flag: ClassVar[str] = "is_checkpoint_int8_serialized"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+    whole_suffixes: ClassVar[Sequence[str]] = ()
+    rows_per_scale: ClassVar[int] = 1
+    needs: ClassVar[Sequence[str]] = ()
+    valid_codes: ClassVar[None] = None
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"int8 needs a 2-D weight, this one has {len(shape)} dimensions"
-        return "the weight is empty" if 0 in shape else None
+        return refuse_shape(self.name, shape)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (shape[0], 1))}
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, facts: Facts = NO_FACTS) -> dict[str, torch.Tensor]:
         import torch
 
-        w = weight.to(torch.float32)
-        amax = w.abs().amax(dim=1, keepdim=True)
-        scale = amax / QMAX
-        up, down = (torch.nextafter(scale, torch.full_like(scale, end)) for end in (torch.inf, 0.0))
-        scale = torch.where(amax / scale > QMAX + 0.5, up, scale)
-        scale = torch.where((scale * QMAX).isinf(), down, scale)
-        scale = torch.where(amax == 0, 1.0, scale)
+        w = checked_float32(weight)
+        if w.dim() == 3:
+            return stack_experts(self.quantize, w)
+        scale = absmax_scales(w.abs().amax(dim=1, keepdim=True), QMAX, QMAX + 0.5, torch)
         codes = (w / scale).clamp_(-QMAX, QMAX).round_().to(torch.int8)
         return {"weight": codes, "weight_scale": scale}
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         import torch
 
+        if tensors["weight"].dim() == 3:
+            return unstack_experts(self.dequantize, tensors)
         return tensors["weight"].to(torch.float32) * tensors["weight_scale"]
 
-    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
         return {}
 
     def quantize_rows(
-        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
+        if not compiled():
+            return reference_rows(self, bits, dtype, out, power)
         from omni_convert.formats import kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 

@@ -135,7 +135,7 @@ def _store_power(power: Any, signal: Any, noise: Any, step: Any) -> None:
 
 
 def int8_rows(
-    bits: NDArray[Any], codes: NDArray[np.int8], scale: NDArray[np.float32], power: NDArray[np.float64]
+    bits: NDArray[Any], codes: NDArray[np.int8], scale: NDArray[np.float32], power: NDArray[np.float64] | None
 ) -> int:
     """Quantize ``bits`` (n, K) into ``codes`` (n, K) and ``scale`` (n, 1); see ``Format.quantize_rows``.
 

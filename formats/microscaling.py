@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 BLOCK = 32
-SCALE_RULES = ("floor", "even", "rceil")
 _MANTISSA = 1 << 23
 
 
@@ -58,6 +57,14 @@ class Element:
     def largest_at_top(self) -> float:
         """The largest value that a block with a scale above 2**(127 - emax) may hold: the next would be 2**128."""
         return 2.0 ** (self.emax - 1) * (2 - 2.0**-self.mantissa_bits)
+
+    @cached_property
+    def valid_codes(self) -> NDArray[np.bool_]:
+        """Which e4m3 bytes hold a value of this element."""
+        magnitude = np.abs(E4M3_VALUES)
+        steps = magnitude / (2 * self.half_steps)
+        valid: NDArray[np.bool_] = (magnitude <= self.largest) & (steps == np.floor(steps))
+        return valid
 
     @cached_property
     def half_steps(self) -> NDArray[np.float32]:

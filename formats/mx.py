@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from omni_convert.formats.base import NonFinite
+from omni_convert.formats.base import (
+    NO_FACTS,
+    QUALITIES,
+    SCALE_RULES,
+    Facts,
+    NonFinite,
+    checked_float32,
+    refuse_shape,
+    stack_experts,
+    unstack_experts,
+)
+from omni_convert.formats.engine import compiled, reference_rows
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -28,30 +39,41 @@ class Mx:
     element: str
     scale_rule: str
     settings: tuple[tuple[str, Any], ...] = ()
+    quality: str = "fast"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+    whole_suffixes: ClassVar[Sequence[str]] = ()
+    rows_per_scale: ClassVar[int] = 1
+    needs: ClassVar[Sequence[str]] = ()
+
+    @property
+    def options(self) -> Mapping[str, Sequence[str]]:
+        return {"activation_scheme": ("dynamic",), "scale_rule": SCALE_RULES, "quality": QUALITIES}
 
     @property
     def serialized_flag(self) -> str:
         return f"is_checkpoint_{self.name}_serialized"
 
+    @property
+    def valid_codes(self) -> NDArray[np.bool_]:
+        return self._element.valid_codes
+
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"{self.name} needs a 2-D weight, this one has {len(shape)} dimensions"
-        if 0 in shape:
-            return "the weight is empty"
-        return f"K is {shape[1]}, {self.name} needs a multiple of 32" if shape[1] % 32 else None
+        return refuse_shape(self.name, shape, 32)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         blocks = -(-shape[1] // 32)
         return {"weight": TensorSpec("F8_E4M3", shape), "weight_scale": TensorSpec("U8", (shape[0], blocks))}
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, facts: Facts = NO_FACTS) -> dict[str, torch.Tensor]:
         import torch
 
         from omni_convert.formats import microscaling as mx
 
-        rows, columns = weight.shape
-        values, scale = mx.quantize_blocks(mx.to_blocks(weight), self._element, self.scale_rule)
+        w = checked_float32(weight)
+        if w.dim() == 3:
+            return stack_experts(self.quantize, w)
+        rows, columns = w.shape
+        values, scale = mx.quantize_blocks(mx.to_blocks(w), self._element, self.scale_rule)
         return {"weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn), "weight_scale": scale}
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -59,15 +81,24 @@ class Mx:
 
         from omni_convert.formats import microscaling as mx
 
+        if tensors["weight"].dim() == 3:
+            return unstack_experts(self.dequantize, tensors)
         weight = tensors["weight"].to(torch.float32)
         return weight * mx.scales_per_weight(tensors["weight_scale"], weight.shape[1])
 
-    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
         return {}
 
     def quantize_rows(
-        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
+        if not compiled():
+            return reference_rows(self, bits, dtype, out, power)
         from omni_convert.formats import mx_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 

@@ -188,7 +188,7 @@ def mx_rows(
     bits: NDArray[Any],
     codes: NDArray[np.uint8],
     scale: NDArray[np.uint8],
-    sums: NDArray[np.float64],
+    sums: NDArray[np.float64] | None,
     kind: Element,
     rule: str,
 ) -> int:
@@ -256,7 +256,7 @@ def dual_rows(
     codes: NDArray[np.uint8],
     fine: NDArray[np.uint8],
     coarse: NDArray[np.float32],
-    sums: NDArray[np.float64],
+    sums: NDArray[np.float64] | None,
 ) -> int:
     """Quantize ``bits`` (n, K), K a multiple of 32, into e4m3 bytes (n, K), ``fine`` (n, K / 32) and ``coarse``
     (n, ceil(K / 512)).

@@ -22,7 +22,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from omni_convert.formats.base import NonFinite
+from omni_convert.formats.base import (
+    NO_FACTS,
+    QUALITIES,
+    Facts,
+    NonFinite,
+    checked_float32,
+    refuse_shape,
+    stack_experts,
+    unstack_experts,
+)
+from omni_convert.formats.engine import compiled, reference_rows
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -37,16 +47,27 @@ GROUP = 512
 class Mxfp4DualScale:
     """E2M1 elements, a power-of-two scale per 32 and a float32 scale per 512."""
 
+    quality: str = "fast"
     name: ClassVar[str] = "mxfp4_dualscale"
+    options: ClassVar[Mapping[str, Sequence[str]]] = {
+        "activation_scheme": ("dynamic",),
+        "scale_rule": ("even",),
+        "quality": QUALITIES,
+    }
     serialized_flag: ClassVar[str] = "is_checkpoint_serialized"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
+    whole_suffixes: ClassVar[Sequence[str]] = ("mul_scale",)
+    rows_per_scale: ClassVar[int] = 1
+    needs: ClassVar[Sequence[str]] = ()
+
+    @property
+    def valid_codes(self) -> NDArray[np.bool_]:
+        from omni_convert.formats import microscaling as mx
+
+        return mx.E2M1.valid_codes
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) != 2:
-            return f"mxfp4_dualscale needs a 2-D weight, this one has {len(shape)} dimensions"
-        if 0 in shape:
-            return "the weight is empty"
-        return f"K is {shape[1]}, mxfp4_dualscale needs a multiple of 64" if shape[1] % 64 else None
+        return refuse_shape(self.name, shape, 64)
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         rows, columns = shape
@@ -57,13 +78,16 @@ class Mxfp4DualScale:
             "mul_scale": TensorSpec("F32", (columns,)),
         }
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, facts: Facts = NO_FACTS) -> dict[str, torch.Tensor]:
         import torch
 
         from omni_convert.formats import microscaling as mx
 
-        rows, columns = weight.shape
-        groups = torch.nn.functional.pad(weight.to(torch.float32), (0, -columns % GROUP)).view(rows, -1, GROUP)
+        w = checked_float32(weight)
+        if w.dim() == 3:
+            return stack_experts(self.quantize, w)
+        rows, columns = w.shape
+        groups = torch.nn.functional.pad(w, (0, -columns % GROUP)).view(rows, -1, GROUP)
         coarse = groups.abs().amax(dim=-1, keepdim=True) / mx.E2M1.largest
         coarse = torch.where(coarse == 0, 1.0, coarse)
         blocks = (groups / coarse).view(rows, -1, mx.BLOCK)
@@ -72,7 +96,7 @@ class Mxfp4DualScale:
             "weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn),
             "weight_scale": scale[:, : -(-columns // mx.BLOCK)],
             "weight_dual_scale": coarse,
-            "mul_scale": torch.ones(columns, device=weight.device),
+            "mul_scale": torch.ones(columns, device=w.device),
         }
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -80,19 +104,28 @@ class Mxfp4DualScale:
 
         from omni_convert.formats import microscaling as mx
 
+        if tensors["weight"].dim() == 3:
+            return unstack_experts(self.dequantize, tensors)
         weight = tensors["weight"].to(torch.float32)
         columns = weight.shape[1]
         coarse = tensors["weight_dual_scale"].squeeze(-1).repeat_interleave(GROUP, dim=1)[:, :columns]
         return weight * mx.scales_per_weight(tensors["weight_scale"], columns) * coarse * tensors["mul_scale"]
 
-    def constants(self, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
         import numpy as np
 
         return {"mul_scale": np.ones(shape[1], np.float32)}
 
     def quantize_rows(
-        self, bits: NDArray[Any], dtype: str, out: Mapping[str, NDArray[Any]], power: NDArray[np.float64]
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
+        if not compiled():
+            return reference_rows(self, bits, dtype, out, power)
         from omni_convert.formats import mx_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 

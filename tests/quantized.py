@@ -10,8 +10,8 @@ from hostile.small import Tensor
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from omni_convert.formats.base import Format, NonFinite
-from omni_convert.formats.bits import OUTPUT_DTYPE
+from omni_convert.formats.base import Facts, Format, NonFinite
+from omni_convert.formats.bits import OUTPUT_DTYPE, amax
 
 DTYPES = ["BF16", "F16", "F32"]
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -38,12 +38,14 @@ class Quantized(NamedTuple):
 
 def run_kernel(fmt: Format, weight: Tensor) -> Quantized:
     """The compiled kernel, into arrays full of rubbish."""
-    shape, constants = weight.bits.shape, fmt.constants(weight.bits.shape)
-    outputs = {name: spec for name, spec in fmt.tensors(shape).items() if name not in constants}
+    shape = weight.bits.shape
+    facts = Facts(amax=float(amax(weight.bits, weight.dtype)), input_scale=0.25)
+    whole = fmt.whole(shape, facts)
+    outputs = {name: spec for name, spec in fmt.tensors(shape).items() if name not in whole}
     out = {name: np.full(spec.shape, 99, OUTPUT_DTYPE[spec.dtype]) for name, spec in outputs.items()}
     power = np.full((shape[0], 2), 99.0)
-    bad = fmt.quantize_rows(weight.bits, weight.dtype, out, power)
-    return Quantized(out | constants, power, bad)
+    bad = fmt.quantize_rows(weight.bits, weight.dtype, out, power, facts)
+    return Quantized(out | whole, power, bad)
 
 
 def to_torch(weight: Tensor) -> torch.Tensor:

@@ -29,7 +29,12 @@ def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
     manifest = read_json(out / "omni_convert.json")
     assert manifest.keys() == {"omni_convert", "recipe", "files", "source", "components"}
     assert manifest["omni_convert"] == __version__
-    assert manifest["recipe"] == {"method": "int8", "ignore": ["txt_mlp", "*.attn.to_out.0"], "components": []}
+    assert manifest["recipe"] == {
+        "method": "int8",
+        "options": {"quality": "fast"},
+        "ignore": ["txt_mlp", "*.attn.to_out.0"],
+        "components": [],
+    }
     written = {name: digest for name, digest in snapshot(out).items() if digest and name != "omni_convert.json"}
     assert manifest["files"] == {
         name: {"size": (out / name).stat().st_size, "sha256": digest} for name, digest in written.items()

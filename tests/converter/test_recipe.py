@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_convert.converter.recipe import Pattern, Recipe, check_patterns, closest_names
+from omni_convert.converter.recipe import Pattern, Recipe, check_patterns, closest_names, make_recipe
+from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import UsageError
 
 LAYERS = ["transformer_blocks.0.img_mlp.net.2", "transformer_blocks.10.attn.to_q", "proj_out"]
@@ -58,13 +59,13 @@ def test_text_is_its_own_pattern(text: str) -> None:
 
 @given(st.lists(st.sampled_from(["img_mlp", "*.to_q", "re:^proj"])), st.lists(st.sampled_from(["a", "b"])))
 def test_recipe_survives_its_dict(ignore: list[str], components: list[str]) -> None:
-    recipe = Recipe(method="int8", ignore=tuple(map(Pattern, ignore)), components=tuple(components))
+    recipe = Recipe(format=FORMATS["int8"], ignore=tuple(map(Pattern, ignore)), components=tuple(components))
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
 def test_unknown_method() -> None:
     with pytest.raises(UsageError, match=r"'int9', expected one of int8"):
-        Recipe(method="int9")
+        make_recipe(method="int9")
 
 
 def test_pattern_that_matches_nothing_shows_what_comes_close() -> None:

@@ -112,7 +112,7 @@ def test_scale_that_is_no_scale(made: Conversion, value: float) -> None:
     made.patch(made.tensor(f"{LAYER}.weight_scale").start + 4 * 3, np.float32(value).tobytes())
     made.accept(f"transformer/{SHARD}")
     (problem,) = made.problems()
-    assert f"{LAYER}.weight_scale: row 3" in problem
+    assert f"{LAYER}.weight_scale: holds {value} at [3, 0]" in problem
 
 
 def test_scale_that_is_wrong(made: Conversion) -> None:

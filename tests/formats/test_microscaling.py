@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from omni_convert.formats import microscaling as mx
 from omni_convert.formats import mx_kernels
+from omni_convert.formats.base import SCALE_RULES
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 ELEMENTS = [mx.E4M3, mx.E2M1]
@@ -136,14 +137,14 @@ def test_half_step_of_zero_in_e2m1() -> None:
     assert (mx.E2M1.half_steps[0], mx.E2M1.half_steps[128]) == (0.25, 0.25)
 
 
-@pytest.mark.parametrize("rule", mx.SCALE_RULES)
+@pytest.mark.parametrize("rule", SCALE_RULES)
 @each_element
 def test_overshoot_is_what_saturation_cuts_off(kind: mx.Element, rule: str) -> None:
     scales = {"floor": (64, 2), "even": (48, 1), "rceil": (2.0**-15, 2.0**-21)}
     assert kind.overshoot(rule) == scales[rule][ELEMENTS.index(kind)]
 
 
-@pytest.mark.parametrize("rule", mx.SCALE_RULES)
+@pytest.mark.parametrize("rule", SCALE_RULES)
 @each_element
 def test_scale_byte_at_every_exponent_and_around_every_threshold(kind: mx.Element, rule: str) -> None:
     turns = [0, 1 << 22, 3 << 21, 15 << 19, (1 << 23) - 1]  # 1, 1.5, 1.75, 1.9375 and the last before 2
@@ -157,7 +158,7 @@ def test_scale_byte_at_every_exponent_and_around_every_threshold(kind: mx.Elemen
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("rule", mx.SCALE_RULES)
+@pytest.mark.parametrize("rule", SCALE_RULES)
 @each_element
 def test_scale_byte_of_every_bf16_magnitude(kind: mx.Element, rule: str) -> None:
     amax = FINITE_BF16[: len(FINITE_BF16) // 2].copy()

@@ -157,7 +157,7 @@ def test_rows_do_not_know_of_each_other(kind: str, weight: Tensor, cut: int) -> 
     pieces = [bits for bits in (weight.bits[:cut], weight.bits[cut:]) if len(bits)]
     parts = [run_kernel(KINDS[kind], Tensor(weight.dtype, bits)) for bits in pieces]
     assert np.concatenate([part.power for part in parts]).tobytes() == whole.power.tobytes()
-    for name in whole.tensors.keys() - KINDS[kind].constants(weight.bits.shape):
+    for name in whole.tensors.keys() - set(KINDS[kind].whole_suffixes):
         joined = np.concatenate([part.tensors[name] for part in parts])
         assert joined.tobytes() == whole.tensors[name].tobytes(), name
 
@@ -347,7 +347,7 @@ def test_contract(fmt: Format, shape: tuple[int, int]) -> None:
         name: (OUTPUT_DTYPE[spec.dtype], spec.shape) for name, spec in expected.items()
     }
     assert fmt.quantize(torch.ones(shape))["weight"].dtype == torch.float8_e4m3fn
-    assert set(fmt.constants(shape)) == ({"mul_scale"} if fmt is DUAL else set())
+    assert set(fmt.whole(shape)) == set(fmt.whole_suffixes) == ({"mul_scale"} if fmt is DUAL else set())
 
 
 @pytest.mark.parametrize(

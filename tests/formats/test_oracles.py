@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from quantized import BINADE, ONE, SIGN, Quantized, as_bytes, run_kernel, to_torch
 
 from omni_convert.formats import microscaling as mx
+from omni_convert.formats.base import SCALE_RULES
 from omni_convert.formats.mxfp4 import MXFP4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import MXFP8
@@ -30,7 +31,7 @@ ELEMENTS = {"mxfp8": mx.E4M3, "mxfp4": mx.E2M1}
 TIES = [1.0, 1.25, 1.5, 1.75, 1.8125, 1.875, 1.9375, 1.96875]
 
 each_format = pytest.mark.parametrize("name", NAMES)
-each_rule = pytest.mark.parametrize("rule", mx.SCALE_RULES)
+each_rule = pytest.mark.parametrize("rule", SCALE_RULES)
 
 
 def tie_grid() -> NDArray[np.float32]:
@@ -99,7 +100,7 @@ def test_torchao(name: str, rule: str, sample: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(NAMES), st.sampled_from(mx.SCALE_RULES), bf16_weights())
+@given(st.sampled_from(NAMES), st.sampled_from(SCALE_RULES), bf16_weights())
 def test_torchao_for_any_exponent(name: str, rule: str, weight: Tensor) -> None:
     check_torchao(weight, name, rule)
 
