@@ -19,6 +19,7 @@ from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Choices, make_recipe
 from omni_convert.converter.tables import mean_db
+from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
 
@@ -36,6 +37,7 @@ class Report:
 
     out: Path
     method: str
+    format: str
     layers: int
     bytes_before: int
     bytes_after: int
@@ -191,6 +193,7 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
     return Report(
         out=folder.path,
         method=plan.recipe.method,
+        format=format_label(plan.recipe.format),
         layers=len(outcome.errors),
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,

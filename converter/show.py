@@ -8,6 +8,7 @@ from typing import Any
 from omni_convert.converter.convert import Report
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
 from omni_convert.converter.tables import format_bytes, format_db, format_table, layer_patterns
+from omni_convert.formats import format_label
 from omni_convert.formats.errors import printable
 
 
@@ -41,7 +42,7 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
         matrix = tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1
         pattern = patterns[tensor.layer] if matrix else "(biases, norms and other tensors)"
         why = tensor.decision.reason if matrix else "not a weight matrix"
-        action = fmt.name if fmt else f"keep {tensor.source.spec.dtype}"
+        action = format_label(fmt) if fmt else f"keep {tensor.source.spec.dtype}"
         groups.setdefault((pattern, action, why), Group(pattern, action, why)).add(tensor)
     return sorted(groups.values(), key=lambda group: group.action.startswith("keep"))
 
@@ -81,7 +82,7 @@ def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
 def report_text(report: Report) -> str:
     """The table at the end of a conversion."""
     rows = [
-        ["layers quantized", f"{report.layers} to {report.method}"],
+        ["layers quantized", f"{report.layers} to {report.format}"],
         ["size", f"{format_bytes(report.bytes_before)} -> {format_bytes(report.bytes_after)}"],
         ["bits per weight", f"{report.bits_per_weight:.2f}"],
         ["copied unchanged", format_bytes(report.bytes_copied)],

@@ -70,6 +70,11 @@ class Fp8:
     }
 
     def __post_init__(self) -> None:
+        for option in ("granularity", "activation_scheme", "quality"):
+            if getattr(self, option) not in self.options[option]:
+                raise UsageError(
+                    f"{option} is {getattr(self, option)!r}, fp8 knows only {', '.join(self.options[option])}."
+                )
         if self.granularity == "block" and self.block_size is None:
             object.__setattr__(self, "block_size", (128, 128))
         if self.block_size is not None:

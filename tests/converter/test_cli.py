@@ -123,6 +123,23 @@ def test_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
         (["--method", "int8", "--ignore", "", "model", "out"], "empty pattern"),
         (["--method", "int8", "--ignore", "to_k", "model", "out"], "to_qkv"),
         (["--method", "int8", "--component", "nothing", "model", "out"], "text_encoder"),
+        (["--method", "int8", "--granularity", "block", "model", "out"], "int8 knows only channel"),
+        (["--method", "mxfp8", "--granularity", "block", "model", "out"], "mxfp8 has no such choice"),
+        (["--method", "fp8", "--block-size", "128", "model", "out"], "as in 128x128"),
+        (["--method", "fp8", "--block-size", "0x128", "model", "out"], "as in 128x128"),
+        (["--method", "fp8", "--granularity", "tensor", "--block-size", "8x8", "model", "out"], "--block-size needs"),
+        (["--method", "fp8", "--activation-scheme", "static", "model", "out"], "--activation-scales FILE"),
+        (["--method", "fp8", "--activation-scales", "scales.json", "model", "out"], "--activation-scheme static"),
+        (
+            ["--method", "fp8", "--activation-scheme=static", "--activation-scales", "scales.json", "model", "out"],
+            "the first is transformer_blocks.0.",
+        ),
+        (
+            ["--method", "fp8", "--granularity=block", "--activation-scheme", "static", "model", "out"],
+            "per block with dynamic",
+        ),
+        (["--method", "fp8", "--scale-rule", "even", "model", "out"], "fp8 has no such choice"),
+        (["--method", "int8", "--quality", "max", "model", "out"], "--quality"),
         (["inspect"], "PATH"),
         (["verify", "a", "b"], "b"),
     ],
@@ -132,6 +149,7 @@ def test_wrong_usage_exits_with_2(
     omni_convert: Command, source: Path, monkeypatch: pytest.MonkeyPatch, args: Sequence[str], expected: str
 ) -> None:
     monkeypatch.chdir(source.parent)
+    Path("scales.json").write_text('{"other": 0.5}')
     assert expected in omni_convert.fails(2, *args)
     assert not (source.parent / "out").exists()
 
@@ -151,6 +169,31 @@ def test_failure_exits_with_1(omni_convert: Command, tmp_path: Path) -> None:
 def test_absent_path(omni_convert: Command, tmp_path: Path, command: list[str]) -> None:
     paths = [tmp_path / "absent"] + [tmp_path / "out"] * (command[0] == "--method")
     assert str(tmp_path / "absent") in omni_convert.fails(1, *command, *paths)
+
+
+def test_formats_have_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    result = omni_convert("--method", "fp8", "--block-size", "64x32", source, tmp_path / "out")
+    assert result.code == 0
+    assert "24 to fp8 (block 64x32)" in result.stdout
+    assert "fp8 (block 64x32)" in omni_convert("inspect", tmp_path / "out").stdout
+    model = write_model(tmp_path / "other", {}, {"a.weight": random(2, 64)})
+    result = omni_convert("--method", "mxfp8", "--scale-rule", "floor", "--dry-run", model, tmp_path / "none")
+    assert "mxfp8 (rule floor)" in result.stdout
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": "1"}', '{"a": 0}', '{"a": -1.5}', '{"a": true}', '{"a": NaN}', "{"])
+def test_files_that_hold_no_scales(omni_convert: Command, source: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "scales.json").write_text(text)
+    options = ("--activation-scheme", "static", "--activation-scales", tmp_path / "scales.json")
+    assert "scales.json" in omni_convert.fails(1, "--method", "fp8", *options, source, tmp_path / "out")
+
+
+def test_recorded_scales(omni_convert: Command, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 4)})
+    (tmp_path / "scales.json").write_text('{"a": 0.5}')
+    options = ("--activation-scheme", "static", "--activation-scales", tmp_path / "scales.json")
+    assert omni_convert("--method", "fp8", *options, source, tmp_path / "out").code == 0
+    assert json.loads((tmp_path / "out" / "omni_convert.json").read_text())["recipe"]["input_scales"] == {"a": 0.5}
 
 
 def test_inspect(omni_convert: Command, source: Path) -> None:

@@ -1,107 +1,146 @@
-"""Every MX format from end to end: a real layout converted, read by the safetensors library, and verified."""
+"""Every FP8 and MX format from end to end: a real layout converted, read by the safetensors library, and verified."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from hostile.small import Tensor, random, read_json, read_weights, snapshot, to_bits, write_json, write_model
-from quantized import as_bytes
+from quantized import as_bytes, run_kernel
 from safetensors import safe_open
 
 from omni_convert.converter.convert import Report, convert, plan
+from omni_convert.converter.inspect import inspect
 from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.verify import verify
-from omni_convert.formats import FORMATS
+from omni_convert.formats import format_label, make_format
+from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import read_header
 
 LAYERS = 12 * 3 - 2 * 3  # of three blocks, without img_mlp
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+FP8 = {"quant_method": "fp8", "is_checkpoint_fp8_serialized": True, "activation_scheme": "dynamic"}
 CONFIG: dict[str, dict[str, Any]] = {
-    "mxfp8": {"is_checkpoint_mxfp8_serialized": True},
-    "mxfp4": {"is_checkpoint_mxfp4_serialized": True, "mxfp4_scale_alg": 2},
-    "mxfp4_dualscale": {"is_checkpoint_serialized": True},
+    "fp8": FP8,
+    "fp8 block": FP8 | {"weight_block_size": [128, 128]},
+    "fp8 3x40": FP8 | {"weight_block_size": [3, 40]},
+    "fp8 channel": {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    "mxfp8": {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True},
+    "mxfp4": {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True, "mxfp4_scale_alg": 2},
+    "mxfp4_dualscale": {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": True},
 }
-SQNR = {"mxfp8": 31.5, "mxfp4": 18.9, "mxfp4_dualscale": 19.1}
+SQNR = {"int8": 41, "fp8": 31.6, "mxfp8": 31.5, "mxfp4": 18.9, "mxfp4_dualscale": 19.1}
+
+
+def chosen(kind: str) -> dict[str, Any]:
+    """``fp8 block`` -> the choices of a recipe."""
+    method, _, granularity = kind.partition(" ")
+    if "x" in granularity:
+        rows, columns = granularity.split("x")
+        return {"method": method, "block_size": (int(rows), int(columns))}
+    return {"method": method, "granularity": granularity or None}
+
+
+class Made(NamedTuple):
+    kind: str
+    report: Report
+
+    @property
+    def out(self) -> Path:
+        return self.report.out
+
+    @property
+    def fmt(self) -> Format:
+        return make_format(**chosen(self.kind))
 
 
 @pytest.fixture(scope="module", params=CONFIG)
-def made(request: pytest.FixtureRequest, qwen_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+def made(request: pytest.FixtureRequest, qwen_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     out = tmp_path_factory.mktemp("formats") / "out"
-    return convert(qwen_image, out, method=request.param, ignore=["img_mlp"], threads=1)
+    return Made(request.param, convert(qwen_image, out, **chosen(request.param), ignore=["img_mlp"], threads=1))
 
 
-def layers_of(out: Path) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def layers_of(made: Made) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Every layer that has a scale, with its tensors by suffix."""
     tensors: dict[str, torch.Tensor] = {}
-    for path in (out / "transformer").glob("*.safetensors"):
+    for path in (made.out / "transformer").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    suffixes = made.fmt.suffixes
     for name in sorted(tensors):
-        if name.endswith(".weight_scale"):
-            layer = name.removesuffix(".weight_scale")
-            suffixes = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
-            yield layer, {key: tensors[f"{layer}.{key}"] for key in suffixes if f"{layer}.{key}" in tensors}
+        if name.endswith(f".{suffixes[1]}"):
+            layer = name.removesuffix(f".{suffixes[1]}")
+            yield layer, {key: tensors[f"{layer}.{key}"] for key in suffixes}
 
 
-def test_tensors_are_those_of_the_contract(made: Report) -> None:
-    layers = dict(layers_of(made.out))
-    assert len(layers) == made.layers == LAYERS
+def test_tensors_are_those_of_the_contract(made: Made) -> None:
+    layers = dict(layers_of(made))
+    assert len(layers) == made.report.layers == LAYERS
     assert not any("img_mlp" in name for name in layers)
     for tensors in layers.values():
         rows, columns = tensors["weight"].shape
         expected = {
-            "weight": (torch.float8_e4m3fn, (rows, columns)),
-            "weight_scale": (torch.uint8, (rows, columns // 32)),
-        }
-        if made.method == "mxfp4_dualscale":
+            "fp8": {"weight_scale": (torch.float32, (1,))},
+            "fp8 block": {"weight_scale_inv": (torch.float32, (-(-rows // 128), -(-columns // 128)))},
+            "fp8 3x40": {"weight_scale_inv": (torch.float32, (-(-rows // 3), -(-columns // 40)))},
+            "fp8 channel": {"weight_scale": (torch.float32, (rows,))},
+        }.get(made.kind, {"weight_scale": (torch.uint8, (rows, columns // 32))})
+        expected["weight"] = (torch.float8_e4m3fn, (rows, columns))
+        if made.kind == "mxfp4_dualscale":
             expected["weight_dual_scale"] = (torch.float32, (rows, -(-columns // 512), 1))
             expected["mul_scale"] = (torch.float32, (columns,))
             assert torch.equal(tensors["mul_scale"], torch.ones(columns))
         assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == expected
-        if made.method != "mxfp8":
+        if "mxfp4" in made.kind:
             assert set(tensors["weight"].float().abs().unique().tolist()) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
 
 
-def test_tensors_are_those_of_the_reference(made: Report, qwen_image: Path) -> None:
+def test_tensors_are_those_of_the_reference(made: Made, qwen_image: Path) -> None:
     source: dict[str, torch.Tensor] = {}
     for path in (qwen_image / "transformer").glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             source |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for layer, tensors in layers_of(made.out):
-        expected = FORMATS[made.method].quantize(source[f"{layer}.weight"])
+    for layer, tensors in layers_of(made):
+        expected = made.fmt.quantize(source[f"{layer}.weight"])
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(as_bytes(tensors[name]), as_bytes(expected[name])) for name in expected), layer
 
 
-def test_verify_finds_nothing(made: Report, qwen_image: Path) -> None:
+def test_verify_finds_nothing(made: Made, qwen_image: Path) -> None:
     result = verify(made.out, source=qwen_image)
     assert [check.problems for check in result.checks if not check.ok] == []
     assert len(result.layers) == LAYERS
-    assert np.mean([item.sqnr_db for item in result.layers]) == pytest.approx(SQNR[made.method], abs=0.3)
+    mean = np.mean([item.sqnr_db for item in result.layers])
+    assert mean == pytest.approx(SQNR[made.fmt.name], abs=0.35)
     assert all(0.8 < item.max_error <= 1.0001 for item in result.layers)
     assert {item.layer.removeprefix("transformer."): item.sqnr_db for item in result.layers} == pytest.approx(
-        {name.removeprefix("transformer."): value for name, value in made.sqnr_db.items()}, rel=1e-4
+        {name.removeprefix("transformer."): value for name, value in made.report.sqnr_db.items()}, rel=1e-4
     )
 
 
-def test_config(made: Report) -> None:
+def test_config(made: Made) -> None:
     config = read_json(made.out / "transformer" / "config.json")["quantization_config"]
-    ignored = config.pop("ignored_layers")
-    assert config == {"quant_method": made.method} | CONFIG[made.method]
+    ignored = config.pop("ignore" if made.kind == "fp8 channel" else "ignored_layers")
+    assert config == CONFIG[made.kind]
     assert {"img_in", "transformer_blocks.0.img_mlp.net.2", "transformer_blocks.2.img_mod.1"} <= set(ignored)
 
 
+def test_inspect_names_the_format(made: Made) -> None:
+    (part,) = [item for item in inspect(made.out).components if item.name == "transformer"]
+    assert part.method == format_label(made.fmt)
+    assert part.quantized_layers == LAYERS
+
+
 def test_same_bytes_with_two_threads(
-    made: Report, qwen_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Made, qwen_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 2048)  # many jobs even here
-    convert(qwen_image, tmp_path / "out", method=made.method, ignore=["img_mlp"], threads=2)
+    convert(qwen_image, tmp_path / "out", **chosen(made.kind), ignore=["img_mlp"], threads=2)
     assert snapshot(tmp_path / "out") == snapshot(made.out)
 
 
@@ -109,7 +148,7 @@ def test_same_bytes_with_two_threads(
 @pytest.mark.parametrize("method", CONFIG)
 def test_every_source_dtype(tmp_path: Path, method: str, dtype: str) -> None:
     source = write_model(tmp_path / "model", {}, {"a.weight": random(5, 576, dtype=dtype)})
-    convert(source, tmp_path / "out", method=method)
+    convert(source, tmp_path / "out", **chosen(method))
     assert verify(tmp_path / "out", source=source).ok
 
 
@@ -119,20 +158,20 @@ def test_layers_whose_columns_do_not_fit_stay_as_they_are(tmp_path: Path, method
     source = write_model(tmp_path / "model", {}, tensors)
     reasons = [tensor.decision.reason for tensor in plan(source, method=method).tensors() if tensor.name == "a.weight"]
     assert f"K is {kept}, {method} needs a multiple of" in reasons[0]
-    assert convert(source, tmp_path / "out", method=method).layers == 1
+    assert convert(source, tmp_path / "out", **chosen(method)).layers == 1
     stored = read_weights(tmp_path / "out" / WEIGHTS)
     assert (stored["a.weight"].dtype, stored["a.weight"].data) == ("BF16", tensors["a.weight"].bits.tobytes())
     assert read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignored_layers"] == ["a"]
     assert verify(tmp_path / "out", source=source).ok
 
 
-@pytest.mark.parametrize("suffix", ["weight", "weight_scale", "weight_dual_scale", "mul_scale"])
+@pytest.mark.parametrize("suffix", ["weight", "weight_scale", "weight_scale_inv", "weight_dual_scale", "mul_scale"])
 @pytest.mark.parametrize("method", CONFIG)
 def test_verify_sees_a_changed_tensor(tmp_path: Path, method: str, suffix: str) -> None:
-    if suffix not in FORMATS[method].suffixes:
+    if suffix not in make_format(**chosen(method)).suffixes:
         pytest.skip("this format has no such tensor")
     source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 64)})
-    convert(source, tmp_path / "out", method=method)
+    convert(source, tmp_path / "out", **chosen(method))
     path = tmp_path / "out" / WEIGHTS
     data = bytearray(path.read_bytes())
     tensor = read_header(path).tensors[f"a.{suffix}"]
@@ -152,12 +191,12 @@ def test_nonfinite_weight_is_located(tmp_path: Path, method: str, value: float) 
     values[37, 101] = value
     source = write_model(tmp_path / "model", {}, {"a.weight": to_bits(values)})
     with pytest.raises(OmniConvertError, match=r"a\.weight.*row 37.*column 101"):
-        convert(source, tmp_path / "out", method=method)
+        convert(source, tmp_path / "out", **chosen(method))
 
 
 def verified(tmp_path: Path, weight: Tensor, method: str) -> bool:
     source = write_model(tmp_path / "model", {}, {"a.weight": weight})
-    convert(source, tmp_path / "out", method=method)
+    convert(source, tmp_path / "out", **chosen(method))
     with np.errstate(all="ignore"):
         return verify(tmp_path / "out", source=source).ok
 
@@ -170,7 +209,7 @@ def test_smallest_weights_are_verified_in_int8(tmp_path: Path) -> None:
     assert verified(tmp_path, Tensor("F32", np.array([[1, 2]], "<u4")), "int8")
 
 
-@pytest.mark.parametrize("method", ["mxfp8", "mxfp4"])
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4", "fp8", "fp8 block", "fp8 channel", "int8"])
 def test_largest_weights_are_verified(tmp_path: Path, method: str) -> None:
     assert verified(tmp_path, Tensor("BF16", np.full((1, 64), 0x7F7F, "<u2")), method)
 
@@ -178,3 +217,87 @@ def test_largest_weights_are_verified(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("method", CONFIG)
 def test_zeros_are_verified(tmp_path: Path, method: str) -> None:
     assert verified(tmp_path, to_bits(np.zeros((2, 64))), method)
+
+
+@pytest.mark.parametrize("rule", ["floor", "even", "rceil"])
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4"])
+def test_scale_rule_is_verified_as_the_manifest_says(tmp_path: Path, method: str, rule: str) -> None:
+    weight = random(64, 256)
+    source = write_model(tmp_path / "model", {}, {"a.weight": weight})
+    convert(source, tmp_path / "out", method=method, scale_rule=rule)
+    result = verify(tmp_path / "out", source=source)
+    assert result.ok
+    assert 0.9 < result.layers[0].max_error <= 1.0001
+    tensor = read_weights(tmp_path / "out" / WEIGHTS)["a.weight_scale"]
+    assert tensor.data == run_kernel(make_format(method, scale_rule=rule), weight).scale.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_largest_weight_counts_wherever_it_stands(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 256)
+    values = np.ones((100, 64), np.float32)
+    values[97, 5] = -448
+    source = write_model(tmp_path / "model", {}, {"a.weight": to_bits(values), "b.weight": to_bits(values / 448)})
+    convert(source, tmp_path / "out", method="fp8", threads=threads)
+    stored = read_weights(tmp_path / "out" / WEIGHTS)
+    assert np.frombuffer(stored["a.weight_scale"].data, "<f4").tolist() == [1]
+    assert np.frombuffer(stored["b.weight_scale"].data, "<f4").tolist() == [np.float32(1 / 448)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_nonfinite_weight_beside_a_weight_that_waits_for_it(
+    tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 256)
+    values = np.ones((100, 64), np.float32)
+    values[50, 5] = np.nan
+    source = write_model(tmp_path / "model", {}, {"a.weight": to_bits(values)})
+    with pytest.raises(OmniConvertError, match=r"a\.weight.*row 50, column 5"):
+        convert(source, tmp_path / "out", method="fp8", threads=threads)
+    assert not (tmp_path / "out").exists()
+
+
+def test_static_activations_take_recorded_scales(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 64), "b.weight": random(4, 64)})
+    scales = {"a": 0.5, "b": 0.0625}
+    convert(source, tmp_path / "out", method="fp8", activation_scheme="static", input_scales=scales)
+    stored = read_weights(tmp_path / "out" / WEIGHTS)
+    for layer, scale in scales.items():
+        assert np.frombuffer(stored[f"{layer}.input_scale"].data, "<f4").tolist() == [scale]
+    config = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert config == FP8 | {"activation_scheme": "static", "ignored_layers": []}
+    assert verify(tmp_path / "out", source=source).ok
+
+
+@pytest.mark.parametrize(
+    ("suffix", "byte", "said"),
+    [
+        ("weight", 0x7F, "holds 127 at [2, 1], expected a code of mxfp4"),
+        ("weight", 0x31, "holds 49 at [2, 1], expected a code of mxfp4"),
+        ("weight_scale", 0xFF, "holds 255 at [1, 1], expected a finite positive scale"),
+    ],
+)
+def test_verify_needs_no_source_to_see_what_cannot_be(tmp_path: Path, suffix: str, byte: int, said: str) -> None:
+    source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 64)})
+    convert(source, tmp_path / "out", method="mxfp4")
+    path = tmp_path / "out" / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[read_header(path).tensors[f"a.{suffix}"].start + (2 * 64 + 1 if suffix == "weight" else 3)] = byte
+    path.write_bytes(data)
+    manifest = read_json(tmp_path / "out" / "omni_convert.json")
+    manifest["files"][WEIGHTS]["sha256"] = file_sha256(path)
+    write_json(tmp_path / "out" / "omni_convert.json", manifest)
+    (check,) = [check for check in verify(tmp_path / "out").checks if not check.ok]
+    assert check.problems == (f"a.{suffix}: {said}.",)
+
+
+def test_verify_compares_config_and_recipe(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 64)})
+    convert(source, tmp_path / "out", method="fp8")
+    manifest = read_json(tmp_path / "out" / "omni_convert.json")
+    manifest["recipe"]["options"]["granularity"] = "channel"
+    write_json(tmp_path / "out" / "omni_convert.json", manifest)
+    (check,) = [check for check in verify(tmp_path / "out").checks if not check.ok]
+    assert "FP8_PER_CHANNEL_PER_TOKEN" in check.problems[0]

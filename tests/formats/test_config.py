@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from omni_convert.formats import FORMATS
+from omni_convert.formats import FORMATS, format_label, make_format
+from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config
 from omni_convert.formats.errors import OmniConvertError
 
@@ -85,3 +86,51 @@ def test_mandatory_keys(key: str) -> None:
 def test_method_that_is_no_text(method: object) -> None:
     with pytest.raises(OmniConvertError, match="quant_method"):
         parse_config(GOOD | {"quant_method": method})
+
+
+FP8 = {"quant_method": "fp8", "is_checkpoint_fp8_serialized": True, "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        make_format("fp8"),
+        make_format("fp8", activation_scheme="static"),
+        make_format("fp8", granularity="channel"),
+        make_format("fp8", block_size=(64, 32)),
+    ],
+    ids=format_label,
+)
+def test_every_spelling_of_fp8(fmt: Format) -> None:
+    config = QuantizationConfig(format=fmt, ignored_layers=("a", "b"))
+    assert parse_config(config.to_dict()) == config
+
+
+def test_the_other_activation_scales_of_mxfp4() -> None:
+    data = {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True, "ignored_layers": []}
+    for config in (data, data | {"mxfp4_scale_alg": 0}, data | {"mxfp4_scale_alg": 2}):
+        assert parse_config(config).to_dict() == config
+    with pytest.raises(OmniConvertError, match="mxfp4_scale_alg=1"):
+        parse_config(data | {"mxfp4_scale_alg": 1})
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (FP8 | {"weight_block_size": [128]}, "weight_block_size is [128]"),
+        (FP8 | {"weight_block_size": 128}, "weight_block_size is 128"),
+        (FP8 | {"weight_block_size": [128, 0]}, "weight_block_size is [128, 0]"),
+        (FP8 | {"weight_block_size": [128, 128], "activation_scheme": "static"}, "static"),
+        (FP8 | {"activation_scheme": "per-token"}, "per-token"),
+        (FP8 | {"fmt": "e4m3"}, "fmt='e4m3'"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "is_checkpoint_fp8_serialized is None"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "modelopt"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": "a"}, "ignore is 'a'"),
+    ],
+    ids=str,
+)
+def test_fp8_rejections(data: dict[str, Any], found: str) -> None:
+    with pytest.raises(OmniConvertError) as caught:
+        parse_config(data, "here")
+    assert str(caught.value).startswith("here: ")
+    assert found in str(caught.value)
