@@ -127,10 +127,14 @@ def block_scales(amax: torch.Tensor, element: Element, rule: str) -> torch.Tenso
 
 
 def power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """2.0**exponent in float32, exact for -149 to 127. ``exponent``: int32."""
+    """2.0**exponent in float32, exact for -149 to 127. ``exponent``: int32.
+
+    By its bits: devices differ in what they make of float64 and of ``ldexp``.
+    """
     import torch
 
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent).to(torch.float32)
+    subnormal = torch.ones_like(exponent) << (exponent + 149).clamp(0, 22)
+    return torch.where(exponent < -126, subnormal, (exponent + 127) << 23).view(torch.float32)
 
 
 def scales_per_weight(scale: torch.Tensor, columns: int) -> torch.Tensor:
@@ -148,7 +152,7 @@ def round_elements(values: torch.Tensor, element: Element, largest: torch.Tensor
     magnitude = values.abs().clamp(max=element.largest)
     if largest is not None:
         magnitude = magnitude.minimum(largest)
-    exponent = (torch.frexp(magnitude).exponent - 1).clamp(min=element.emin)
+    exponent = ((magnitude.view(torch.int32) >> 23) - 127).clamp(min=element.emin)
     step = power_of_two(exponent - element.mantissa_bits)
     rounded = (magnitude / step).round() * step
     return torch.where(rounded == 0, 0.0, torch.copysign(rounded, values))
