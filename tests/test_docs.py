@@ -48,6 +48,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not missing
 
 
+def test_formats_page_is_what_the_code_says() -> None:
+    sys.path.append(str(ROOT / "scripts"))
+    import write_formats_page as writer
+
+    page = writer.PAGE.read_text()
+    assert writer.replaced(writer.replaced(page, "contract", writer.contract()), "config", writer.configs()) == page
+
+
 def _run(command: list[str], folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
