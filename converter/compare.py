@@ -82,6 +82,7 @@ def _compare_layer(
         for suffix, (part, header) in parts.items()
         if suffix in fmt.whole_suffixes
     }
+    values = np.empty((step, *tensor.spec.shape[1:]), np.float32)
     signal = noise = largest = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -92,7 +93,8 @@ def _compare_layer(
             for suffix, (part, header) in parts.items()
             if suffix not in whole
         }
-        error = fmt.dequantize_rows(ours) - weight
+        error = fmt.dequantize_rows(ours, values[: stop - start])
+        error -= weight
         largest = float(np.maximum(largest, np.max(_share(np.abs(error), fmt.tolerance(ours)))))  # NaN stays NaN
         signal += float(np.sum(np.square(weight, dtype=np.float64)))
         noise += float(np.sum(np.square(error, dtype=np.float64)))

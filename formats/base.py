@@ -111,12 +111,15 @@ class Format(Protocol):
 
         ``bits``: (n, K) stored bits, uint16 for BF16 and F16, uint32 for F32, from a row that is a multiple of
         ``rows_per_scale``. ``out``: suffix -> array that receives the rows; ``whole_suffixes`` are not among them.
-        ``power``: (n, 2) float64, receives per row the sum of squares of the weight and of
-        the quantization error; None saves the time. Returns the first NaN or Inf, if any; ``out`` is then undefined.
+        ``power``: (n, 2) float64, receives per row the sum of squares of the weight and of the quantization error;
+        None leaves them out, which is quicker. Returns the first NaN or Inf, if any; ``out`` is then undefined.
         """
 
-    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """float32 (n, K) from some rows of the stored tensors: the same values as ``dequantize``."""
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """float32 (n, K) from some rows of the stored tensors, in ``out`` if given: the same values as
+        ``dequantize``."""
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The largest error that this format may leave in every weight, broadcastable to (n, K): half the distance

@@ -40,6 +40,23 @@ def compiled() -> bool:
     return False
 
 
+def reference_values(
+    fmt: Format, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
+) -> NDArray[np.float32]:
+    """``Format.dequantize_rows`` by ``Format.dequantize``."""
+    import numpy as np
+    import torch
+
+    views = {suffix: torch.from_numpy(np.ascontiguousarray(array)) for suffix, array in tensors.items()}
+    if views["weight"].dtype == torch.uint8:
+        views["weight"] = views["weight"].view(torch.float8_e4m3fn)
+    values: NDArray[np.float32] = fmt.dequantize(views).numpy()
+    if out is None:
+        return values
+    out[...] = values
+    return out
+
+
 def reference_rows(
     fmt: Format,
     bits: NDArray[Any],

@@ -39,6 +39,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
+from omni_convert.formats.engine import compiled, reference_rows, reference_values
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
@@ -138,11 +139,14 @@ class Fp8:
         if w.dim() == 3:
             return stack_experts(lambda expert: self.quantize(expert, facts), w)
         block = self._block(w)
-        if facts.amax is not None and self.granularity == "tensor":
-            amax = torch.full((1, 1), facts.amax, device=w.device)
+        if self.quality != "fast" and self.granularity != "tensor":
+            from omni_convert.formats import search
+
+            scale = search.fp8_block_scales(w, block)
+        elif facts.amax is not None and self.granularity == "tensor":
+            scale = absmax_scales(torch.full((1, 1), facts.amax, device=w.device), LARGEST, CLIPS, torch)
         else:
-            amax = _block_amax(w, block)
-        scale = absmax_scales(amax, LARGEST, CLIPS, torch)
+            scale = absmax_scales(_block_amax(w, block), LARGEST, CLIPS, torch)
         codes = mx.round_elements(w / _expand(scale, block, w.shape), mx.E4M3).to(torch.float8_e4m3fn)
         result = {"weight": codes, self._scale_suffix: scale if self.block_size else scale.flatten()}
         if self._is_static:
@@ -179,14 +183,28 @@ class Fp8:
         power: NDArray[np.float64] | None,
         facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
-        from omni_convert.formats.engine import reference_rows
+        if not compiled():
+            return reference_rows(self, bits, dtype, out, power, facts)
+        from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
-        return reference_rows(self, bits, dtype, out, power, facts)
+        row = self._kernel_rows(kernel_bits(bits, dtype), out, power, facts)
+        return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        from omni_convert.formats import microscaling as mx
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        if not compiled():
+            return reference_values(self, tensors, out)
+        import numpy as np
 
-        values: NDArray[np.float32] = mx.E4M3_VALUES[tensors["weight"]] * self._row_scales(tensors)
+        from omni_convert.formats import dequantize_kernels
+
+        codes, scale = tensors["weight"], tensors[self._scale_suffix]
+        values = np.empty(codes.shape, np.float32) if out is None else out
+        if self.block_size:
+            dequantize_kernels.fp8_block_values(codes, scale, values, self.block_size)
+        else:
+            dequantize_kernels.fp8_values(codes, np.resize(scale, len(codes)), values)
         return values
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -209,6 +227,32 @@ class Fp8:
             **({"weight_block_size": list(self.block_size)} if self.block_size else {}),
             "ignored_layers": list(ignored_layers),
         }
+
+    def _kernel_rows(
+        self, bits: NDArray[Any], out: Mapping[str, NDArray[Any]], power: NDArray[np.float64] | None, facts: Facts
+    ) -> int:
+        """The first row that holds NaN or Inf, or -1."""
+        import numpy as np
+
+        from omni_convert.formats import fp8_kernels
+
+        if self.granularity == "tensor":
+            scale = np.repeat(self.whole(bits.shape, facts)["weight_scale"], len(bits))
+            return fp8_kernels.fp8_rows(bits, out["weight"], scale, power, given=True)
+        scale, searched = out[self._scale_suffix], self.quality != "fast"
+        if searched:
+            from omni_convert.formats import search_kernels
+
+            row = (
+                search_kernels.fp8_block_scales(bits, scale, self.block_size)
+                if self.block_size
+                else search_kernels.fp8_row_scales(bits, scale)
+            )
+            if row >= 0:
+                return row
+        if self.block_size:
+            return fp8_kernels.fp8_block_rows(bits, out["weight"], scale, power, self.block_size, given=searched)
+        return fp8_kernels.fp8_rows(bits, out["weight"], scale, power, given=searched)
 
     @property
     def _scale_suffix(self) -> str:

@@ -2,13 +2,14 @@
 
 | suffix       | dtype   | shape  | meaning                                        |
 |--------------|---------|--------|------------------------------------------------|
-| weight       | int8    | (N, K) | codes, symmetric, in [-127, 127]               |
+| weight       | int8    | (N, K) | codes, symmetric, in [-127, 127]; see below    |
 | weight_scale | float32 | (N, 1) | w = weight * weight_scale                      |
 
-scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. A row of zeros gets scale 1.0 and
-codes 0. At the ends of float32 the scale moves by one unit in the last place: up where it is so small that rounding it
-would clip the row, down where 127 * scale would overflow. Activations are quantized at run time, symmetric,
-one scale per token; no tensor is stored for them. The bias stays as it is.
+``fast``: scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. ``balanced`` searches
+the scale (``search``), clips to [-128, 127], and so loses less over all. A row of zeros gets scale 1.0 and codes 0. At
+the ends of float32 the scale moves by one unit in the last place: up where it is so small that rounding it would clip
+the row, down where 127 * scale would overflow. Activations are quantized at run time, symmetric, one scale per token;
+no tensor is stored for them. The bias stays as it is.
 
     {"quant_method": "int8", "is_checkpoint_int8_serialized": true, "activation_scheme": "dynamic",
      "ignored_layers": [...]}
@@ -33,7 +34,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows
+from omni_convert.formats.engine import compiled, reference_rows, reference_values
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
 
@@ -75,8 +76,13 @@ class Int8:
         w = checked_float32(weight)
         if w.dim() == 3:
             return stack_experts(self.quantize, w)
-        scale = absmax_scales(w.abs().amax(dim=1, keepdim=True), QMAX, QMAX + 0.5, torch)
-        codes = (w / scale).clamp_(-QMAX, QMAX).round_().to(torch.int8)
+        if self.quality == "fast":
+            scale = absmax_scales(w.abs().amax(dim=1, keepdim=True), QMAX, QMAX + 0.5, torch)
+        else:
+            from omni_convert.formats import search
+
+            scale = search.int8_scales(w).unsqueeze(1)
+        codes = (w / scale).clamp_(self._qmin, QMAX).round_().to(torch.int8)
         return {"weight": codes, "weight_scale": scale}
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -102,20 +108,45 @@ class Int8:
         from omni_convert.formats import kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
-        row = kernels.int8_rows(kernel_bits(bits, dtype), out["weight"], out["weight_scale"], power)
+        stored, codes, scale = kernel_bits(bits, dtype), out["weight"], out["weight_scale"]
+        if self.quality == "fast":
+            row = kernels.int8_rows(stored, codes, scale, power)
+        else:
+            from omni_convert.formats import search_kernels
+
+            row = search_kernels.int8_scales(stored, scale[:, 0])
+            if row < 0:
+                row = kernels.int8_codes(stored, codes, scale, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        if not compiled():
+            return reference_values(self, tensors, out)
         import numpy as np
 
-        values: NDArray[np.float32] = tensors["weight"].astype(np.float32) * tensors["weight_scale"]
+        from omni_convert.formats import dequantize_kernels
+
+        values = np.empty(tensors["weight"].shape, np.float32) if out is None else out
+        dequantize_kernels.int8_values(tensors["weight"], tensors["weight_scale"], values)
         return values
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         import numpy as np
 
-        bound: NDArray[np.float32] = tensors["weight_scale"] * np.float32(0.5)
+        from omni_convert.formats import search
+
+        steps = np.float32(0.5)
+        if self.quality != "fast":
+            at_end = (tensors["weight"] == QMAX) | (tensors["weight"] == self._qmin)
+            steps = np.where(at_end, np.float32(search.INT8_OVERSHOOT), steps)
+        bound: NDArray[np.float32] = tensors["weight_scale"] * steps
         return bound
+
+    @property
+    def _qmin(self) -> float:
+        return -QMAX if self.quality == "fast" else -QMAX - 1
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {

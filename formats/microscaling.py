@@ -103,15 +103,18 @@ def expand(scale: NDArray[Any], columns: int) -> NDArray[Any]:
     return np.repeat(scale, BLOCK, axis=1)[:, :columns]
 
 
-def tolerance(element: Element, rule: str, codes: NDArray[np.uint8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+def tolerance(
+    element: Element, overshoot: float, codes: NDArray[np.uint8], scale: NDArray[np.float32]
+) -> NDArray[np.float32]:
     """Largest error that rounding may leave: half a step, or at the largest value what saturation cuts off.
 
-    ``codes``: (n, K) e4m3 bytes. ``scale``: per weight, (n, K).
+    ``overshoot``: how far beyond the largest a scaled weight may lie. ``codes``: (n, K) e4m3 bytes. ``scale``: per
+    weight, (n, K).
     """
     half = element.half_steps[codes]
     magnitude = np.abs(E4M3_VALUES[codes])
     top = scale > 2.0 ** (127 - element.emax)
-    cut = np.where(top, 2.0**element.emax - element.largest_at_top, element.overshoot(rule))
+    cut = np.where(top, 2.0**element.emax - element.largest_at_top, overshoot)
     at_end = magnitude == np.where(top, element.largest_at_top, element.largest)
     bound: NDArray[np.float32] = (np.where(at_end, np.maximum(half, cut), half) * scale).astype(np.float32)
     return bound
@@ -167,11 +170,15 @@ def to_blocks(weight: torch.Tensor) -> torch.Tensor:
     return padded.view(rows, -1, BLOCK)
 
 
-def quantize_blocks(blocks: torch.Tensor, element: Element, rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Element values (float32, the shape of ``blocks``) and scale bytes (one dimension less)."""
+def quantize_blocks(
+    blocks: torch.Tensor, element: Element, rule: str, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Element values (float32, the shape of ``blocks``) and scale bytes (one dimension less), by ``rule`` if not
+    given."""
     import torch
 
-    scale = block_scales(blocks.abs().amax(dim=-1), element, rule)
+    if scale is None:
+        scale = block_scales(blocks.abs().amax(dim=-1), element, rule)
     inverse = power_of_two(127 - scale.to(torch.int32)).unsqueeze(-1)
     at_top = (scale > 254 - element.emax).unsqueeze(-1)
     largest = torch.where(at_top, element.largest_at_top, element.largest)

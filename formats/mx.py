@@ -17,7 +17,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows
+from omni_convert.formats.engine import compiled, reference_rows, reference_values
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Mx:
     """Small floats with one power-of-two scale per 32 weights along K.
 
     ``element`` and ``scale_rule``: see ``microscaling``. ``settings``: further keys of ``quantization_config``.
+    There is no better scale to search for: ``quality`` changes nothing.
     """
 
     name: str
@@ -107,16 +108,25 @@ class Mx:
         )
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        from omni_convert.formats import microscaling as mx
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        if not compiled():
+            return reference_values(self, tensors, out)
+        import numpy as np
 
-        values: NDArray[np.float32] = mx.E4M3_VALUES[tensors["weight"]] * self._scales(tensors)
+        from omni_convert.formats import dequantize_kernels
+
+        values = np.empty(tensors["weight"].shape, np.float32) if out is None else out
+        dequantize_kernels.mx_values(tensors["weight"], tensors["weight_scale"], values)
         return values
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         from omni_convert.formats import microscaling as mx
 
-        return mx.tolerance(self._element, self.scale_rule, tensors["weight"], self._scales(tensors))
+        return mx.tolerance(
+            self._element, self._element.overshoot(self.scale_rule), tensors["weight"], self._scales(tensors)
+        )
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {

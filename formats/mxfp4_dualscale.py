@@ -7,9 +7,10 @@
 | weight_dual_scale | F32     | (N, ceil(K / 512), 1)  | coarse: largest magnitude of the group / 6           |
 | mul_scale         | F32     | (K,)                   | activations are multiplied by it; exact in BF16      |
 
-w = weight * 2**(weight_scale - 127) * weight_dual_scale * mul_scale[k]. The fine scale is chosen by rule ``even`` on
-w / coarse (true division). A group of zeros has coarse 1.0 and fine 0. ``mul_scale`` is ones until calibrated; engines
-require it. K must be a multiple of 64, because engines pair the fine scales.
+w = weight * 2**(weight_scale - 127) * weight_dual_scale * mul_scale[k]. ``fast`` chooses the fine scale by rule
+``even`` on w / coarse (true division); ``balanced`` searches both scales (``search``). A group of zeros has coarse 1.0
+and fine 0. ``mul_scale`` is ones until calibrated; engines require it. K must be a multiple of 64, because engines pair
+the fine scales.
 
     {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": true, "ignored_layers": [...]}
 
@@ -32,7 +33,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows
+from omni_convert.formats.engine import compiled, reference_rows, reference_values
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -88,14 +89,21 @@ class Mxfp4DualScale:
             return stack_experts(self.quantize, w)
         rows, columns = w.shape
         groups = torch.nn.functional.pad(w, (0, -columns % GROUP)).view(rows, -1, GROUP)
-        coarse = groups.abs().amax(dim=-1, keepdim=True) / mx.E2M1.largest
-        coarse = torch.where(coarse == 0, 1.0, coarse)
-        blocks = (groups / coarse).view(rows, -1, mx.BLOCK)
-        values, scale = mx.quantize_blocks(blocks, mx.E2M1, "even")
+        if self.quality == "fast":
+            coarse = groups.abs().amax(dim=-1) / mx.E2M1.largest
+            coarse = torch.where(coarse == 0, 1.0, coarse)
+            fine = None
+        else:
+            from omni_convert.formats import search
+
+            fine, coarse = search.dual_scales(w)
+            fine = torch.nn.functional.pad(fine, (0, groups.numel() // rows // mx.BLOCK - fine.shape[1]))
+        blocks = (groups / coarse.unsqueeze(-1)).view(rows, -1, mx.BLOCK)
+        values, fine = mx.quantize_blocks(blocks, mx.E2M1, "even", fine)
         return {
             "weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn),
-            "weight_scale": scale[:, : -(-columns // mx.BLOCK)],
-            "weight_dual_scale": coarse,
+            "weight_scale": fine[:, : -(-columns // mx.BLOCK)],
+            "weight_dual_scale": coarse.unsqueeze(-1),
             "mul_scale": torch.ones(columns, device=w.device),
         }
 
@@ -126,26 +134,44 @@ class Mxfp4DualScale:
     ) -> NonFinite | None:
         if not compiled():
             return reference_rows(self, bits, dtype, out, power)
-        from omni_convert.formats import mx_kernels
+        from omni_convert.formats import dual_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
+        stored, codes, fine = kernel_bits(bits, dtype), out["weight"], out["weight_scale"]
         coarse = out["weight_dual_scale"].reshape(len(bits), -1)
-        row = mx_kernels.dual_rows(kernel_bits(bits, dtype), out["weight"], out["weight_scale"], coarse, power)
+        if self.quality == "fast":
+            row = dual_kernels.dual_rows(stored, codes, fine, coarse, power)
+        else:
+            from omni_convert.formats import search_kernels
+
+            row = search_kernels.dual_scales(stored, fine, coarse)
+            if row < 0:
+                row = dual_kernels.dual_codes(stored, codes, fine, coarse, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        from omni_convert.formats import microscaling as mx
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        if not compiled():
+            return reference_values(self, tensors, out)
+        import numpy as np
 
-        fine, coarse = self._scales(tensors)
-        values: NDArray[np.float32] = mx.E4M3_VALUES[tensors["weight"]] * fine * coarse * tensors["mul_scale"]
+        from omni_convert.formats import dequantize_kernels
+
+        weight, fine = tensors["weight"], tensors["weight_scale"]
+        coarse = tensors["weight_dual_scale"].reshape(len(weight), -1)
+        values = np.empty(weight.shape, np.float32) if out is None else out
+        dequantize_kernels.dual_values(weight, fine, coarse, tensors["mul_scale"], values)
         return values
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         from omni_convert.formats import microscaling as mx
+        from omni_convert.formats import search
 
         fine, coarse = self._scales(tensors)
         scale = fine * coarse * tensors["mul_scale"]
-        return mx.tolerance(mx.E2M1, "even", tensors["weight"], scale)
+        overshoot = mx.E2M1.overshoot("even") if self.quality == "fast" else search.DUAL_OVERSHOOT
+        return mx.tolerance(mx.E2M1, overshoot, tensors["weight"], scale)
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {

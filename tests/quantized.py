@@ -36,16 +36,16 @@ class Quantized(NamedTuple):
         return self.tensors["weight_scale"]
 
 
-def run_kernel(fmt: Format, weight: Tensor) -> Quantized:
-    """The compiled kernel, into arrays full of rubbish."""
+def run_kernel(fmt: Format, weight: Tensor, *, power: bool = True) -> Quantized:
+    """The compiled kernel, into arrays full of rubbish; with the error sums or without."""
     shape = weight.bits.shape
     facts = Facts(amax=float(amax(weight.bits, weight.dtype)), input_scale=0.25)
     whole = fmt.whole(shape, facts)
     outputs = {name: spec for name, spec in fmt.tensors(shape).items() if name not in whole}
     out = {name: np.full(spec.shape, 99, OUTPUT_DTYPE[spec.dtype]) for name, spec in outputs.items()}
-    power = np.full((shape[0], 2), 99.0)
-    bad = fmt.quantize_rows(weight.bits, weight.dtype, out, power, facts)
-    return Quantized(out | whole, power, bad)
+    sums = np.full((shape[0], 2), 99.0)
+    bad = fmt.quantize_rows(weight.bits, weight.dtype, out, sums if power else None, facts)
+    return Quantized(out | whole, sums, bad)
 
 
 def to_torch(weight: Tensor) -> torch.Tensor:
@@ -68,11 +68,12 @@ def into_torch(tensors: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
 
 def check_same_bits(fmt: Format, weight: Tensor) -> Quantized:
     result, expected = run_kernel(fmt, weight), from_torch(fmt.quantize(to_torch(weight), Facts(input_scale=0.25)))
-    assert result.bad is None
-    assert result.tensors.keys() == expected.keys()
-    for name, array in result.tensors.items():
-        assert array.shape == expected[name].shape, name
-        assert array.tobytes() == expected[name].tobytes(), name
+    for found in (result, run_kernel(fmt, weight, power=False)):
+        assert found.bad is None
+        assert found.tensors.keys() == expected.keys()
+        for name, array in found.tensors.items():
+            assert array.shape == expected[name].shape, name
+            assert array.tobytes() == expected[name].tobytes(), name
     return result
 
 
