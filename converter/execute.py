@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from omni_convert.converter.output import OutputFile, read_into
 from omni_convert.converter.plan import Plan, ShardPlan, TensorPlan
 from omni_convert.formats.base import Facts, Format, row_slice
-from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, amax
+from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE
+from omni_convert.formats.engine import amax
 from omni_convert.formats.errors import OmniConvertError, printable
 
 JOB_BYTES = 4 << 20

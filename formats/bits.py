@@ -40,14 +40,22 @@ def first_nonfinite(bits: NDArray[Any], dtype: str) -> int:
     return int(np.argmin(np.isfinite(to_float32(bits, dtype))))
 
 
+def nonfinite_place(bits: NDArray[Any], dtype: str) -> tuple[int, int] | None:
+    """Row and column of the first NaN or Inf of stored bits (n, K), if any."""
+    finite = np.isfinite(to_float32(bits, dtype))
+    if finite.all():
+        return None
+    row, column = np.unravel_index(int(np.argmin(finite)), finite.shape)
+    return int(row), int(column)
+
+
 def amax(bits: NDArray[Any], dtype: str) -> np.float32:
     """Largest magnitude of stored bits (any shape, not empty); NaN or Inf if one of them is.
 
     Among values of one sign the pattern grows with the magnitude: read as signed integers the largest is the largest
     of the positive values, read as unsigned ones the largest of the negative.
     """
-    signed = bits.view(f"i{bits.itemsize}")
     sign = 1 << (8 * bits.itemsize - 1)
-    largest = max(int(signed.max()), int(bits.max()) - sign)
-    value: np.float32 = to_float32(np.array([max(largest, 0)], NUMPY_DTYPE[dtype]), dtype)[0]
+    largest = max(0, int(bits.view(f"i{bits.itemsize}").max()), int(bits.max()) - sign)
+    value: np.float32 = to_float32(np.array([largest], NUMPY_DTYPE[dtype]), dtype)[0]
     return value

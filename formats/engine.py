@@ -69,13 +69,12 @@ def reference_rows(
     import numpy as np
     import torch
 
-    from omni_convert.formats.bits import to_float32
+    from omni_convert.formats.bits import nonfinite_place, to_float32
 
     weight = to_float32(bits, dtype)
-    finite = np.isfinite(weight)
-    if not finite.all():
-        row, column = np.unravel_index(int(np.argmin(finite)), weight.shape)
-        return NonFinite(int(row), int(column))
+    place = nonfinite_place(bits, dtype)
+    if place is not None:
+        return NonFinite(*place)
     tensors = fmt.quantize(torch.from_numpy(np.array(weight)), facts)
     for suffix, array in out.items():
         tensor = tensors[suffix]
@@ -87,3 +86,14 @@ def reference_rows(
         power[:, 0] = np.square(weight, dtype=np.float64).sum(axis=1)
         power[:, 1] = np.square(weight.astype(np.float64) - values).sum(axis=1)
     return None
+
+
+def amax(bits: NDArray[Any], dtype: str) -> np.float32:
+    """Largest magnitude of stored bits (n, K), not empty; NaN or Inf if one of them is."""
+    from omni_convert.formats import bits as stored
+
+    if not compiled():
+        return stored.amax(bits, dtype)
+    from omni_convert.formats import fp8_kernels
+
+    return fp8_kernels.largest_magnitude(stored.kernel_bits(bits, dtype))

@@ -25,6 +25,7 @@ name, which vLLM-Omni does not detect for Wan.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -185,9 +186,16 @@ class Fp8:
     ) -> NonFinite | None:
         if not compiled():
             return reference_rows(self, bits, dtype, out, power, facts)
-        from omni_convert.formats.bits import first_nonfinite, kernel_bits
+        from omni_convert.formats.bits import first_nonfinite, kernel_bits, nonfinite_place
 
-        row = self._kernel_rows(kernel_bits(bits, dtype), out, power, facts)
+        stored, codes = kernel_bits(bits, dtype), out["weight"]
+        if self.granularity == "tensor":
+            if not math.isfinite(_known(facts.amax, "amax")):
+                place = nonfinite_place(bits, dtype)
+                return NonFinite(*place) if place else None
+            self._shared_rows(stored, codes, power, facts)
+            return None
+        row = self._scaled_rows(stored, codes, out[self._scale_suffix], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
     def dequantize_rows(
@@ -204,7 +212,9 @@ class Fp8:
         if self.block_size:
             dequantize_kernels.fp8_block_values(codes, scale, values, self.block_size)
         else:
-            dequantize_kernels.fp8_values(codes, np.resize(scale, len(codes)), values)
+            dequantize_kernels.fp8_values(
+                codes, scale if len(scale) == len(codes) else np.full(len(codes), scale[0]), values
+            )
         return values
 
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
@@ -228,18 +238,23 @@ class Fp8:
             "ignored_layers": list(ignored_layers),
         }
 
-    def _kernel_rows(
-        self, bits: NDArray[Any], out: Mapping[str, NDArray[Any]], power: NDArray[np.float64] | None, facts: Facts
-    ) -> int:
-        """The first row that holds NaN or Inf, or -1."""
+    def _shared_rows(
+        self, bits: NDArray[Any], codes: NDArray[Any], power: NDArray[np.float64] | None, facts: Facts
+    ) -> None:
         import numpy as np
 
         from omni_convert.formats import fp8_kernels
 
-        if self.granularity == "tensor":
-            scale = np.repeat(self.whole(bits.shape, facts)["weight_scale"], len(bits))
-            return fp8_kernels.fp8_rows(bits, out["weight"], scale, power, given=True)
-        scale, searched = out[self._scale_suffix], self.quality != "fast"
+        scale = self.whole(bits.shape, facts)["weight_scale"][0]
+        fp8_kernels.fp8_shared(bits, codes, scale, power, np.float32(_known(facts.amax, "amax")))
+
+    def _scaled_rows(
+        self, bits: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], power: NDArray[np.float64] | None
+    ) -> int:
+        """The first row that holds NaN or Inf, or -1."""
+        from omni_convert.formats import fp8_kernels
+
+        searched = self.quality != "fast"
         if searched:
             from omni_convert.formats import search_kernels
 
@@ -251,8 +266,8 @@ class Fp8:
             if row >= 0:
                 return row
         if self.block_size:
-            return fp8_kernels.fp8_block_rows(bits, out["weight"], scale, power, self.block_size, given=searched)
-        return fp8_kernels.fp8_rows(bits, out["weight"], scale, power, given=searched)
+            return fp8_kernels.fp8_block_rows(bits, codes, scale, power, self.block_size, given=searched)
+        return fp8_kernels.fp8_rows(bits, codes, scale, power, given=searched)
 
     @property
     def _scale_suffix(self) -> str:

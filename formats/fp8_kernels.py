@@ -23,6 +23,7 @@ from omni_convert.formats.lanes import (
     load,
     repeat,
     store,
+    whole_blocks,
     whole_tiles,
 )
 from omni_convert.formats.rounding import (
@@ -67,6 +68,40 @@ def _part(bits: Any, n: Any, codes: Any, span: Any, step: Any, largest: Any, wan
 
 
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _largest(bits: Any) -> Any:
+    sizes = magnitude(load(bits, 0, 0))
+    for n in range(len(bits)):
+        for start in range(0, bits.shape[1], BLOCK):
+            sizes = larger(sizes, magnitude(load(bits, n, start)))
+    return widen_one(largest_lane(sizes))
+
+
+def largest_magnitude(bits: NDArray[Any]) -> np.float32:
+    """Largest magnitude of ``bits`` (n, K), not empty; NaN or Inf if one of them is."""
+    largest: np.float32 = np.float32(_largest(whole_blocks(bits)))
+    return largest
+
+
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def _fp8_shared(bits: Any, codes: Any, scale: Any, power: Any, largest: Any) -> None:
+    for n in range(len(bits)):
+        signal, noise = _part(bits, n, codes, (0, bits.shape[1]), scale, largest, power)
+        if power is not None:
+            store_power(power, n, signal, noise, scale)
+
+
+def fp8_shared(
+    bits: NDArray[Any],
+    codes: NDArray[np.uint8],
+    scale: np.float32,
+    power: NDArray[np.float64] | None,
+    largest: np.float32,
+) -> None:
+    """Quantize ``bits`` (n, K) into e4m3 bytes (n, K) with one scale; ``largest``: no weight is larger."""
+    in_whole_blocks(_fp8_shared, bits, codes, scale, power, largest)
+
+
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _fp8_rows(bits: Any, codes: Any, scale: Any, power: Any, given: Any) -> Any:
     for n in range(len(bits)):
         largest = amax(bits, n)
@@ -96,13 +131,20 @@ def fp8_rows(
 
 
 @numba.njit(**INLINE)  # type: ignore[untyped-decorator]
-def _block_amax(bits: Any, top: Any, bottom: Any, span: Any) -> Any:
-    """Largest magnitude of ``bits[top:bottom, span[0]:span[1]]``."""
-    sizes = magnitude(load(bits, top, span[0]))
+def _block_amax(bits: Any, top: Any, bottom: Any, width: Any, sizes: Any, maxima: Any) -> None:
+    """Largest magnitudes of the blocks of ``bits[top:bottom]``, row by row as they lie in memory.
+
+    ``sizes``: space (1, 32 * blocks) for patterns.
+    """
+    sizes[:] = 0
     for n in range(top, bottom):
-        for start in range(span[0], span[1], BLOCK):
-            sizes = larger(sizes, magnitude(load(bits, n, start)))
-    return widen_one(largest_lane(sizes))
+        for block in range(len(maxima)):
+            largest = load(sizes, 0, block * BLOCK)
+            for start in range(block * width, min((block + 1) * width, bits.shape[1]), BLOCK):
+                largest = larger(largest, magnitude(load(bits, n, start)))
+            store(sizes, 0, block * BLOCK, largest)
+    for block in range(len(maxima)):
+        maxima[block] = widen_one(largest_lane(load(sizes, 0, block * BLOCK)))
 
 
 @numba.njit(**INLINE)  # type: ignore[untyped-decorator]
@@ -125,12 +167,12 @@ def _block_row(bits: Any, n: Any, codes: Any, scale: Any, maxima: Any, power: An
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
 def _fp8_block_rows(bits: Any, codes: Any, scale: Any, power: Any, tall: Any, width: Any, given: Any) -> Any:
     maxima = np.empty(scale.shape[1], np.float32)
+    sizes = np.empty((1, scale.shape[1] * BLOCK), bits.dtype)
     for i in range(scale.shape[0]):
         top, bottom = i * tall, min((i + 1) * tall, len(bits))
-        for block in range(scale.shape[1]):
-            span = block * width, min((block + 1) * width, bits.shape[1])
-            maxima[block] = _block_amax(bits, top, bottom, span)
-            if not given:
+        _block_amax(bits, top, bottom, width, sizes, maxima)
+        if not given:
+            for block in range(len(maxima)):
                 scale[i, block] = absmax_scale(maxima[block], _END, _CLIPS)
         if not np.all(np.isfinite(maxima)):
             for n in range(top, bottom):

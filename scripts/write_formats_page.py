@@ -23,7 +23,7 @@ from demo_models import minilm_path
 
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Facts, Format
-from omni_convert.formats.bits import amax
+from omni_convert.formats.engine import amax
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
 VLLM_OMNI_NPU = "vLLM-Omni on Ascend NPUs"
@@ -100,7 +100,7 @@ def sqnr_db(fmt: Format, weight: torch.Tensor) -> float:
     bits = weight.view(torch.uint16).numpy()
     facts = Facts(amax=float(amax(bits, "BF16")))
     power = np.empty((len(bits), 2))
-    assert fmt.quantize_rows(bits, "BF16", outputs(fmt, bits, facts), power, facts) is None
+    assert fmt.quantize_rows(bits, "BF16", outputs(fmt, bits), power, facts) is None
     signal, noise = power.sum(axis=0)
     return float(10 * np.log10(signal / noise))
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from hostile.small import Tensor, to_bits, to_values
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantized import INFINITY, SIGN, weights
 
+from omni_convert.formats import bits as stored
+from omni_convert.formats import engine
 from omni_convert.formats.bits import first_nonfinite, to_float32
 
 
@@ -31,3 +39,23 @@ def test_first_nonfinite(dtype: str, pattern: int) -> None:
     row = np.zeros(9, "<u4" if dtype == "F32" else "<u2")
     row[[3, 7]] = pattern
     assert first_nonfinite(row, dtype) == 3
+
+
+@pytest.mark.parametrize("amax", [stored.amax, engine.amax])
+@settings(max_examples=60, deadline=None)
+@given(weight=weights((1, 31, 32, 33, 100)), negative=st.booleans())
+def test_largest_magnitude(amax: Callable[..., np.float32], weight: Tensor, negative: bool) -> None:
+    bits = weight.bits | weight.bits.dtype.type(SIGN[weight.dtype]) if negative else weight.bits
+    found = amax(bits, weight.dtype)
+    assert found.dtype == np.float32
+    assert found == np.abs(to_values(weight)).max()
+
+
+@pytest.mark.parametrize("amax", [stored.amax, engine.amax])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+@pytest.mark.parametrize("sign", [False, True])
+@pytest.mark.parametrize("payload", [0, 1])
+def test_largest_magnitude_is_not_finite(amax: Callable[..., np.float32], dtype: str, sign: bool, payload: int) -> None:
+    weight = to_bits(np.ones((3, 40)), dtype)
+    weight.bits[1, 33] = INFINITY[dtype] | payload | (SIGN[dtype] if sign else 0)
+    assert not np.isfinite(amax(weight.bits, dtype))
