@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hostile.small import Tensor, random, read_json, read_weights, snapshot, to_bits, write_json, write_model
-from quantized import as_bytes, run_kernel
+from hostile.small import Tensor, random, read_json, read_weights, snapshot, to_bits, to_values, write_json, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from quantized import as_bytes, run_kernel, weights
 from safetensors import safe_open
 
 from omni_convert.converter.convert import Report, convert, plan
@@ -34,16 +36,22 @@ CONFIG: dict[str, dict[str, Any]] = {
     "mxfp4": {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True, "mxfp4_scale_alg": 2},
     "mxfp4_dualscale": {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": True},
 }
+BALANCED = ["int8 balanced", "fp8 balanced", "fp8 channel balanced", "fp8 3x40 balanced", "mxfp4_dualscale balanced"]
 SQNR = {"int8": 41, "fp8": 31.6, "mxfp8": 31.5, "mxfp4": 18.9, "mxfp4_dualscale": 19.1}
 
 
 def chosen(kind: str) -> dict[str, Any]:
-    """``fp8 block`` -> the choices of a recipe."""
-    method, _, granularity = kind.partition(" ")
-    if "x" in granularity:
-        rows, columns = granularity.split("x")
-        return {"method": method, "block_size": (int(rows), int(columns))}
-    return {"method": method, "granularity": granularity or None}
+    """``fp8 block balanced`` -> the choices of a recipe."""
+    method, *options = kind.split()
+    choices: dict[str, Any] = {"method": method}
+    for option in options:
+        if option == "balanced":
+            choices["quality"] = option
+        elif "x" in option:
+            choices["block_size"] = tuple(map(int, option.split("x")))
+        else:
+            choices["granularity"] = option
+    return choices
 
 
 class Made(NamedTuple):
@@ -301,3 +309,25 @@ def test_verify_compares_config_and_recipe(tmp_path: Path) -> None:
     write_json(tmp_path / "out" / "omni_convert.json", manifest)
     (check,) = [check for check in verify(tmp_path / "out").checks if not check.ok]
     assert "FP8_PER_CHANNEL_PER_TOKEN" in check.problems[0]
+
+
+@pytest.mark.parametrize("kind", BALANCED)
+def test_searched_scales_are_verified_and_lose_less(qwen_image: Path, tmp_path: Path, kind: str) -> None:
+    found = convert(qwen_image, tmp_path / "found", **chosen(kind))
+    plain = convert(qwen_image, tmp_path / "plain", **chosen(kind.removesuffix(" balanced")))
+    assert found.bytes_after == plain.bytes_after
+    assert found.mean_sqnr_db >= plain.mean_sqnr_db + (0 if kind == "fp8 balanced" else 0.05)
+    result = verify(tmp_path / "found", source=qwen_image)
+    assert [check.problems for check in result.checks if not check.ok] == []
+    assert {item.layer.removeprefix("transformer."): item.sqnr_db for item in result.layers} == pytest.approx(
+        {name.removeprefix("transformer."): value for name, value in found.sqnr_db.items()}, rel=1e-4
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(BALANCED), weights((64, 576), normal=True))
+def test_searched_scales_stay_within_the_tolerance(kind: str, weight: Tensor) -> None:
+    fmt, values = make_format(**chosen(kind)), to_values(weight).astype(np.float64)
+    result = run_kernel(fmt, weight)
+    error = np.abs(fmt.dequantize_rows(result.tensors) - values)
+    assert np.all(error <= 1.0001 * fmt.tolerance(result.tensors))
