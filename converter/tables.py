@@ -27,7 +27,7 @@ def format_db(value: float) -> str:
 def mean_db(values: Iterable[float]) -> float:
     """Mean over the layers that lost anything; infinite if none did."""
     finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.inf
+    return math.fsum(finite) / len(finite) if finite else math.inf
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = (), header: bool = True) -> str:

@@ -18,6 +18,7 @@ from omni_convert.formats.base import (
     unstack_experts,
 )
 from omni_convert.formats.engine import compiled, reference_rows, reference_values
+from omni_convert.formats.errors import UsageError
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Mx:
     """Small floats with one power-of-two scale per 32 weights along K.
 
     ``element`` and ``scale_rule``: see ``microscaling``. ``settings``: further keys of ``quantization_config``.
-    There is no better scale to search for: ``quality`` changes nothing.
+    ``balanced`` searches the scales of e2m1 (``search``); for e4m3 none is better than that of ``rceil``.
     """
 
     name: str
@@ -45,6 +46,13 @@ class Mx:
     whole_suffixes: ClassVar[Sequence[str]] = ()
     rows_per_scale: ClassVar[int] = 1
     needs: ClassVar[Sequence[str]] = ()
+
+    def __post_init__(self) -> None:
+        if self._is_searched and self.scale_rule != "even":
+            raise UsageError(
+                f"--scale-rule {self.scale_rule} with --quality {self.quality}: the search of {self.name} chooses the "
+                "scales itself. Leave one of them out."
+            )
 
     @property
     def options(self) -> Mapping[str, Sequence[str]]:
@@ -74,7 +82,12 @@ class Mx:
         if w.dim() == 3:
             return stack_experts(self.quantize, w)
         rows, columns = w.shape
-        values, scale = mx.quantize_blocks(mx.to_blocks(w), self._element, self.scale_rule)
+        blocks, scale = mx.to_blocks(w), None
+        if self._is_searched:
+            from omni_convert.formats import search
+
+            scale = search.mxfp4_scales(blocks)
+        values, scale = mx.quantize_blocks(blocks, self._element, self.scale_rule, scale)
         return {"weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn), "weight_scale": scale}
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -103,9 +116,15 @@ class Mx:
         from omni_convert.formats import mx_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
-        row = mx_kernels.mx_rows(
-            kernel_bits(bits, dtype), out["weight"], out["weight_scale"], power, self._element, self.scale_rule
-        )
+        stored, scale = kernel_bits(bits, dtype), out["weight_scale"]
+        row = -1
+        if self._is_searched:
+            from omni_convert.formats import mxfp4_search
+
+            row = mxfp4_search.mxfp4_scales(stored, scale)
+        if row < 0:
+            rule = None if self._is_searched else self.scale_rule
+            row = mx_kernels.mx_rows(stored, out["weight"], scale, power, self._element, rule)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
     def dequantize_rows(
@@ -124,9 +143,8 @@ class Mx:
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         from omni_convert.formats import microscaling as mx
 
-        return mx.tolerance(
-            self._element, self._element.overshoot(self.scale_rule), tensors["weight"], self._scales(tensors)
-        )
+        overshoot = self._element.overshoot("floor" if self._is_searched else self.scale_rule)
+        return mx.tolerance(self._element, overshoot, tensors["weight"], self._scales(tensors))
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {
@@ -140,6 +158,10 @@ class Mx:
         from omni_convert.formats import microscaling as mx
 
         return mx.expand(mx.e8m0_values(tensors["weight_scale"]), tensors["weight"].shape[1])
+
+    @property
+    def _is_searched(self) -> bool:
+        return self.element == "e2m1" and self.quality != "fast"
 
     @property
     def _element(self) -> Element:

@@ -114,7 +114,7 @@ def _choose_codes(stored: Any, byte: Any, element: Any) -> Any:
 
 @numba.njit(**INLINE)  # type: ignore[untyped-decorator]
 def _mx_rows(bits: Any, codes: Any, scale: Any, power: Any, carry: Any, element: Any) -> int:
-    """Quantize rows; returns the first row that holds NaN or Inf, or -1.
+    """Quantize rows; returns the first row that holds NaN or Inf, or -1. ``carry``: None if scales are given.
 
     Bytes first: a block's maximum takes long to come, and the processor looks only a few blocks ahead.
     """
@@ -123,11 +123,12 @@ def _mx_rows(bits: Any, codes: Any, scale: Any, power: Any, carry: Any, element:
         for block in range(scale.shape[1]):
             block_sizes = magnitude(load(bits, n, block * BLOCK))
             sizes = larger(sizes, block_sizes)
-            scale[n, block] = scale_byte(widen_one(largest_lane(block_sizes)), element.emax, carry)
+            if carry is not None:
+                scale[n, block] = scale_byte(widen_one(largest_lane(block_sizes)), element.emax, carry)
         largest = widen_one(largest_lane(sizes))
         if not np.isfinite(largest):
             return n
-        row_byte = scale_byte(largest, element.emax, carry)
+        row_byte = scale_byte(largest, element.emax, 1 << 23)
         inverse = power_of_two(127 - row_byte)
         signal = repeat(np.float32(0))
         noise = repeat(np.float32(0))
@@ -161,11 +162,12 @@ def mx_rows(
     scale: NDArray[np.uint8],
     power: NDArray[np.float64] | None,
     element: Element,
-    rule: str,
+    rule: str | None,
 ) -> int:
     """Quantize ``bits`` (n, K; uint16 BF16 or uint32 F32) into e4m3 bytes (n, K) and e8m0 bytes (n, ceil(K / 32)).
 
-    Returns the first row that holds NaN or Inf, or -1.
+    ``rule``: None if ``scale`` is given. Returns the first row that holds NaN or Inf, or -1.
     """
     kernel = _mxfp8_rows if element == E4M3 else _mxfp4_rows
-    return int(in_whole_blocks(kernel, bits, codes, scale, power, carry_of(element, rule)))
+    carry = None if rule is None else carry_of(element, rule)
+    return int(in_whole_blocks(kernel, bits, codes, scale, power, carry))

@@ -25,6 +25,9 @@ lie one unit apart: none of their errors counts, and they need no rounding of th
 exponent by rule ``even``, or one less if its largest weight then stays below 8 and the error costs less; 2.4-norm of
 the group. Lens: q = round(|w| * (65535 / largest of the block)); x = q * m >> 16 is |w| / scale in units of 2**-13, and
 d its distance to the nearest e2m1 value. |e|**2.4 is approximated by e**2 * (0.4 + 0.62 * |e|).
+
+**mxfp4**: rule ``floor``, or one more if the squared error is less: no power of two does better. Nothing is looked at
+through a lens; the square of an error is an integer in units of (scale / 1024)**2, rounded down.
 """
 
 from __future__ import annotations
@@ -64,6 +67,9 @@ FP8_CANDIDATES = 24
 FP8_LENS = 512.0
 FP8_OVERSHOOT = 16.0
 """How far beyond 448 a scaled weight may lie: less than half a step, and that only where the scale is subnormal."""
+
+MXFP4_UNIT = 1024.0
+"""An error of one scale."""
 
 GROUP = 512
 DUAL_CANDIDATES = 16
@@ -171,6 +177,27 @@ def fp8_costs(values: torch.Tensor) -> torch.Tensor:
     )  # below 1 no error counts
     error = values - (values / step).round() * step
     return (error * error).to(torch.int64)
+
+
+def mxfp4_scales(blocks: torch.Tensor) -> torch.Tensor:
+    """e8m0 bytes (...) uint8 of blocks (..., 32) float32."""
+    import torch
+
+    amax = blocks.abs().amax(dim=-1)
+    byte = mx.block_scales(amax, E2M1, "floor")
+    searched = searchable(amax)
+    looked_at = torch.where(searched.unsqueeze(-1), blocks, 0.0)
+    below, above = (mxfp4_costs(looked_at, byte + more) for more in (0, 1))
+    return torch.where(searched, byte + (4 * above < below), mx.block_scales(amax, E2M1, "even"))
+
+
+def mxfp4_costs(blocks: torch.Tensor, byte: torch.Tensor) -> torch.Tensor:
+    """Costs (int64) of blocks in units of their own scale: 32 times at most 2**22."""
+    import torch
+
+    sizes = blocks.abs() * mx.power_of_two(127 - byte.to(torch.int32)).unsqueeze(-1)
+    error = (sizes - mx.round_elements(sizes, E2M1)) * MXFP4_UNIT
+    return (error * error).to(torch.int64).sum(dim=-1)
 
 
 def fp8_row_scales(weight: torch.Tensor) -> torch.Tensor:

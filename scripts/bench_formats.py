@@ -42,6 +42,7 @@ CHOICES: Mapping[str, dict[str, Any]] = {
     "int8 balanced": {"method": "int8", "quality": "balanced"},
     "fp8 channel balanced": {"method": "fp8", "granularity": "channel", "quality": "balanced"},
     "fp8 block balanced": {"method": "fp8", "granularity": "block", "quality": "balanced"},
+    "mxfp4 balanced": {"method": "mxfp4", "quality": "balanced"},
     "mxfp4_dualscale balanced": {"method": "mxfp4_dualscale", "quality": "balanced"},
 }
 Task = Callable[[], object]

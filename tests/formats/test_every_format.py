@@ -29,6 +29,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("mxfp8", {}),
     ("mxfp8", {"scale_rule": "floor"}),
     ("mxfp4", {}),
+    ("mxfp4", {"quality": "balanced"}),
     ("mxfp4_dualscale", {}),
     ("mxfp4_dualscale", {"quality": "balanced"}),
 ]
@@ -118,7 +119,7 @@ def test_options_make_the_format_again(method: str, options: dict[str, Any]) -> 
 def test_labels() -> None:
     assert [format_label(fmt) for fmt in MADE] == [
         "int8", "int8 (balanced)", "fp8", "fp8 (static)", "fp8 (channel)", "fp8 (channel balanced)",
-        "fp8 (block 2x64)", "fp8 (block 2x64 balanced)", "mxfp8", "mxfp8 (rule floor)", "mxfp4",
+        "fp8 (block 2x64)", "fp8 (block 2x64 balanced)", "mxfp8", "mxfp8 (rule floor)", "mxfp4", "mxfp4 (balanced)",
         "mxfp4_dualscale", "mxfp4_dualscale (balanced)",
     ]  # fmt: skip
 
