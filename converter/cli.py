@@ -22,6 +22,7 @@ _EPILOG = """\b
 Examples:
   omni-convert --method int8 model/ out/
   omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
+  omni-convert --method fp8 --granularity channel --quality balanced model/ out/
   omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
   omni-convert inspect out/
   omni-convert verify out/ --source model/

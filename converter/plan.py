@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -212,13 +212,14 @@ def _refuse_quantized(component: Component) -> None:
 
 def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
     table = _find_table(component)
+    uneven = _uneven_groups(component, table, recipe.format)
     shards = []
     for header in component.shards.headers:
         tensors = tuple(
             TensorPlan(
                 name=name,
                 source=tensor,
-                decision=_decide(name, tensor.spec, table, recipe),
+                decision=_decide(name, tensor.spec, table, recipe, uneven),
                 group=_group_name(name, table),
                 input_scale=_input_scale(name, component, recipe),
             )
@@ -250,7 +251,20 @@ def _group_name(name: str, table: Architecture | None) -> str | None:
     return group[0] if group else None
 
 
-def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Recipe) -> Decision:
+def _uneven_groups(component: Component, table: Architecture | None, fmt: Format) -> frozenset[str]:
+    """Fused matrices in which a block of rows would belong to two members: engines cannot cut a scale."""
+    uneven = set()
+    for name, tensor, _ in component.tensors():
+        group = table.group(name.removesuffix(".weight")) if table else None
+        is_last = group is not None and name == f"{group[1][-1]}.weight"
+        if group and not is_last and tensor.spec.shape[0] % fmt.rows_per_scale:
+            uneven.add(group[0])
+    return frozenset(uneven)
+
+
+def _decide(
+    name: str, spec: TensorSpec, table: Architecture | None, recipe: Recipe, uneven: Collection[str]
+) -> Decision:
     def keep(reason: str) -> Decision:
         return Decision(format=None, reason=reason)
 
@@ -267,6 +281,8 @@ def _decide(name: str, spec: TensorSpec, table: Architecture | None, recipe: Rec
     for pattern in recipe.ignore:
         if pattern.matches(_known_as(pattern, layer, table)):
             return keep(f"--ignore {pattern}")
+    if _group_name(name, table) in uneven:
+        return keep(f"engines fuse it with others, and blocks of {recipe.format.rows_per_scale} rows would not fit")
     refusal = recipe.format.refusal(spec.shape)
     return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
 

@@ -30,14 +30,14 @@ FP8 = {"quant_method": "fp8", "is_checkpoint_fp8_serialized": True, "activation_
 CONFIG: dict[str, dict[str, Any]] = {
     "fp8": FP8,
     "fp8 block": FP8 | {"weight_block_size": [128, 128]},
-    "fp8 3x40": FP8 | {"weight_block_size": [3, 40]},
+    "fp8 4x40": FP8 | {"weight_block_size": [4, 40]},
     "fp8 channel": {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
     "mxfp8": {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True},
     "mxfp4": {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True, "mxfp4_scale_alg": 2},
     "mxfp4_dualscale": {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": True},
 }
 BALANCED = [
-    f"{kind} balanced" for kind in ("int8", "fp8", "fp8 channel", "fp8 3x40", "mxfp8", "mxfp4", "mxfp4_dualscale")
+    f"{kind} balanced" for kind in ("int8", "fp8", "fp8 channel", "fp8 4x40", "mxfp8", "mxfp4", "mxfp4_dualscale")
 ]
 SQNR = {"int8": 41, "fp8": 31.6, "mxfp8": 31.5, "mxfp4": 18.9, "mxfp4_dualscale": 19.1}
 
@@ -97,7 +97,7 @@ def test_tensors_are_those_of_the_contract(made: Made) -> None:
         expected = {
             "fp8": {"weight_scale": (torch.float32, (1,))},
             "fp8 block": {"weight_scale_inv": (torch.float32, (-(-rows // 128), -(-columns // 128)))},
-            "fp8 3x40": {"weight_scale_inv": (torch.float32, (-(-rows // 3), -(-columns // 40)))},
+            "fp8 4x40": {"weight_scale_inv": (torch.float32, (-(-rows // 4), -(-columns // 40)))},
             "fp8 channel": {"weight_scale": (torch.float32, (rows,))},
         }.get(made.kind, {"weight_scale": (torch.uint8, (rows, columns // 32))})
         expected["weight"] = (torch.float8_e4m3fn, (rows, columns))
@@ -333,3 +333,19 @@ def test_searched_scales_stay_within_the_tolerance(kind: str, weight: Tensor) ->
     result = run_kernel(fmt, weight)
     error = np.abs(fmt.dequantize_rows(result.tensors) - values)
     assert np.all(error <= 1.0001 * fmt.tolerance(result.tensors))
+
+
+def test_blocks_that_a_fused_matrix_would_cut_stay_unquantized(qwen_image: Path, tmp_path: Path) -> None:
+    decisions = {
+        tensor.layer: tensor.decision
+        for tensor in plan(qwen_image, method="fp8", block_size=(48, 128)).tensors()
+        if tensor.name.startswith("transformer_blocks.0.") and tensor.name.endswith(".weight")
+    }
+    fused = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_v_proj")]
+    assert {decisions[name].reason for name in fused} == {
+        "engines fuse it with others, and blocks of 48 rows would not fit"
+    }
+    assert decisions["transformer_blocks.0.attn.to_out.0"].format is not None
+    report = convert(qwen_image, tmp_path / "out", method="fp8", block_size=(48, 128))
+    assert report.layers == LAYERS + 6 - 6 * 3
+    assert verify(tmp_path / "out", source=qwen_image).ok
