@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
-from omni_convert.formats import FORMATS
+from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
@@ -173,6 +173,9 @@ def convert(
         activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality, ignore=ignore,
         components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
     )  # fmt: skip
+    if planned.recipe.format.quality != "fast" and not planned.recipe.format.is_searched:
+        label = format_label(planned.recipe.format)
+        click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
     if dry_run:
         if obstacle := refusal(planned, out, link=link, overwrite=overwrite):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)

@@ -82,7 +82,7 @@ def _compare_layer(
         for suffix, (part, header) in parts.items()
         if suffix in fmt.whole_suffixes
     }
-    values = np.empty((step, *tensor.spec.shape[1:]), np.float32)
+    values = np.empty((min(step, rows), *tensor.spec.shape[1:]), np.float32)
     signal = noise = largest = 0.0
     for start in range(0, rows, step):
         stop = min(start + step, rows)

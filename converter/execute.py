@@ -143,7 +143,8 @@ def execute(
 def buffer_bytes(plan: Plan) -> int:
     """Working memory of one thread: its read buffer, the rows it writes, and a piece read back for hashing."""
     rows = (
-        tensor.decision.format.rows_per_scale * tensor.source.spec.nbytes // tensor.source.spec.shape[0]
+        min(tensor.decision.format.rows_per_scale, tensor.source.spec.shape[0])
+        * (tensor.source.spec.nbytes // tensor.source.spec.shape[0])
         for tensor in plan.tensors()
         if tensor.decision.format
     )

@@ -98,6 +98,12 @@ def quant_method(component: Component) -> str | None:
     return str(config.get("quant_method")) if isinstance(config, dict) else None
 
 
+def _foreign_scales(component: Component) -> list[str]:
+    """What a quantized checkpoint that is none of ours calls the scale of a weight."""
+    found = {name.rpartition(".")[2] for name, _, _ in component.tensors()}
+    return sorted(found & {"weight_scale", "weight_scale_inv"})[:1]
+
+
 def announced_format(component: Component) -> Format | None:
     """The format that a component's config announces, if it is one of ours."""
     try:
@@ -109,8 +115,8 @@ def announced_format(component: Component) -> Format | None:
 def _summarize(component: Component) -> ComponentSummary:
     fmt = announced_format(component)
     method = format_label(fmt) if fmt else quant_method(component)
-    suffixes = tuple(fmt.suffixes) if fmt else ()
-    quantized = quantized_layers(component, suffixes) if suffixes else set()
+    suffixes = tuple(fmt.suffixes) if fmt else ("weight", *_foreign_scales(component))
+    quantized = quantized_layers(component, suffixes) if len(suffixes) > 1 else set()
     side = {f"{layer}.{suffix}" for layer in quantized for suffix in suffixes if suffix != "weight"}
     tensors, sizes, weights, kept = Counter[str](), Counter[str](), 0, 0
     for name, tensor, _ in component.tensors():

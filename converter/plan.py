@@ -14,12 +14,13 @@ from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.recipe import Pattern, Recipe, check_patterns, closest_names
 from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
 from omni_convert.formats.base import Format
+from omni_convert.formats.config import exact_pattern
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import FLOAT_DTYPES, Header, StoredTensor, TensorSpec, aligned_order, encode_header
 
 _QUANTIZED_NAME = re.compile(
     r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
-    r"wscales|weight_zero_point|quant_state|SCB|absmax)$"
+    r"wscales|weight_zero_point|input_scale|mul_scale|pre_quant_scale|quant_state|SCB|absmax)$"
 )
 _CODE_DTYPES = re.compile(r"^(I8|U8|F8_|F4|F6_)")
 
@@ -45,6 +46,12 @@ class TensorPlan:
     @property
     def layer(self) -> str:
         return self.name.removesuffix(".weight")
+
+    @property
+    def is_matrix(self) -> bool:
+        """A weight matrix, or a stack of those of experts, whose parameters some classes do not call weight."""
+        sides = len(self.source.spec.shape)
+        return (sides == 2 and self.name.endswith(".weight")) or (sides == 3 and ".experts." in self.name)
 
     @cached_property
     def outputs(self) -> dict[str, TensorSpec]:
@@ -148,6 +155,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         _refuse_quantized(component)
     engine_names = {name for c in checkpoint.components for name in _layer_names(c)}
     check_patterns(recipe.ignore, sorted(engine_names))
+    _check_scale_names(checkpoint, recipe)
     plan = Plan(
         checkpoint=checkpoint,
         recipe=recipe,
@@ -237,7 +245,7 @@ def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
         component=component,
         shards=tuple(shards),
         format=recipe.format,
-        ignored_layers=_ignored_layers(all_tensors),
+        ignored_layers=_ignored_layers(all_tensors, recipe.format),
         architecture=table.name if table else None,
     )
 
@@ -292,6 +300,18 @@ def _input_scale(name: str, component: Component, recipe: Recipe) -> float | Non
     return recipe.input_scales.get(f"{component.name}.{layer}", recipe.input_scales.get(layer))
 
 
+def _check_scale_names(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Every recorded scale belongs to a layer."""
+    layers = {name for component in checkpoint.components for name in _layer_names(component)}
+    layers |= {f"{part.name}.{name}" for part in checkpoint.components for name in _layer_names(part)}
+    for name in recipe.input_scales:
+        if name not in layers:
+            close = closest_names(name, layers)
+            raise UsageError(
+                f"--activation-scales: no layer is called {printable(name)}. The closest names are {', '.join(close)}."
+            )
+
+
 def _check_input_scales(component: Component, recipe: Recipe, tensors: Sequence[TensorPlan]) -> None:
     without = [tensor.layer for tensor in tensors if tensor.decision.format and tensor.input_scale is None]
     if without:
@@ -330,18 +350,21 @@ def _check_groups(table: Architecture, tensors: Sequence[TensorPlan]) -> None:
                 )
 
 
-def _ignored_layers(tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+def _ignored_layers(tensors: Sequence[TensorPlan], fmt: Format) -> tuple[str, ...]:
     """Every matrix that stays unquantized, by its checkpoint name and by the name of its fused group.
 
     The config alone then tells a loader which linears to build quantized; names that match nothing do no harm.
     """
     names: set[str] = set()
     for tensor in tensors:
-        if tensor.decision.format or len(tensor.source.spec.shape) != 2 or not tensor.name.endswith(".weight"):
-            continue
-        names.add(tensor.layer)
-        if tensor.group:
-            names.add(tensor.group)
+        if not tensor.decision.format and tensor.is_matrix:
+            names.add(tensor.layer)
+            if tensor.group:
+                names.add(tensor.group)
+    if fmt.ignores_parts:
+        quantized = [tensor.group or tensor.layer for tensor in tensors if tensor.decision.format]
+        quantized += [tensor.layer for tensor in tensors if tensor.decision.format]
+        names = {exact_pattern(name) if any(name in other for other in quantized) else name for name in names}
     return tuple(sorted(names, key=natural_key))
 
 

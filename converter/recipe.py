@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from typing import Any, TypedDict
 from omni_convert.formats import format_options, make_format
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
-from omni_convert.formats.layout import read_json
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ class Recipe:
             raise UsageError(
                 "--activation-scales needs --activation-scheme static: with dynamic activations nothing is stored."
             )
+
+        for layer, scale in self.input_scales.items():
+            number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+            if not number or not 1e-38 < scale < 1e38:
+                raise UsageError(
+                    f"--activation-scales: the scale of {printable(layer)} is {printable(scale)}, expected a finite "
+                    "positive number."
+                )
 
     @property
     def method(self) -> str:
@@ -146,15 +154,16 @@ def read_input_scales(path: Path) -> dict[str, float]:
     """Layer -> scale of its activations, from a JSON object.
 
     Raises:
-        OmniConvertError: not a JSON object of finite positive numbers.
+        OmniConvertError: it cannot be read, or is not a JSON object.
     """
-    scales = read_json(path)
-    for layer, scale in scales.items():
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not number or not 1e-38 < scale < 1e38:
-            raise OmniConvertError(
-                f"{path}: the scale of {printable(layer)} is {printable(scale)}, expected a finite positive number."
-            )
+    try:
+        scales = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise OmniConvertError(f"{path}: cannot be read as JSON ({printable(error)}). Correct the file.") from error
+    if not isinstance(scales, dict):
+        raise OmniConvertError(
+            f"{path}: found a JSON {type(scales).__name__}, expected an object of layers and scales."
+        )
     return scales
 
 

@@ -39,7 +39,7 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
     for tensor in tensors:
         fmt = tensor.decision.format
         # What is no weight matrix is one line: biases and norms are many, small, and always kept.
-        matrix = tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1
+        matrix = tensor.is_matrix or (tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1)
         pattern = patterns[tensor.layer] if matrix else "(biases, norms and other tensors)"
         why = tensor.decision.reason if matrix else "not a weight matrix"
         action = format_label(fmt) if fmt else f"keep {tensor.source.spec.dtype}"

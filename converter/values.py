@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from omni_convert.converter.checkpoint import Component
 from omni_convert.converter.files import processors
-from omni_convert.formats.base import Format
+from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.bits import OUTPUT_DTYPE
 from omni_convert.formats.header import Header, StoredTensor
 
@@ -18,19 +18,41 @@ PIECE_BYTES = 4 << 20
 _E8M0_NAN = 255
 
 
-def value_problems(component: Component, fmt: Format, layers: Iterable[str]) -> list[str]:
-    """Every tensor of the quantized ``layers`` that holds what no conversion writes, with the first such place."""
+def value_problems(
+    component: Component, fmt: Format, layers: Collection[str], input_scales: Mapping[str, float]
+) -> list[str]:
+    """Every tensor of the quantized ``layers`` that holds what no conversion writes, with the first such place.
+
+    ``input_scales``: those that the recipe recorded, by layer or ``component.layer``.
+    """
     stored = {name: (tensor, shard) for name, tensor, shard in component.tensors()}
     names = [f"{layer}.{suffix}" for layer in sorted(layers) for suffix in fmt.suffixes]
     with ThreadPoolExecutor(processors()) as pool:
         tasks = [pool.submit(_problem, name, *stored[name], fmt) for name in names]
-        return [problem for task in tasks if (problem := task.result())]
+        problems = [problem for task in tasks if (problem := task.result())]
+    for layer in sorted(layers):
+        recorded = input_scales.get(f"{component.name}.{layer}", input_scales.get(layer))
+        problems += _known_problems(layer, stored, fmt, Facts(input_scale=recorded))
+    return problems
+
+
+def _known_problems(
+    layer: str, stored: Mapping[str, tuple[StoredTensor, Header]], fmt: Format, facts: Facts
+) -> Iterator[str]:
+    """Tensors that do not depend on the weight."""
+    weight = stored[f"{layer}.weight"][0].spec
+    expected = fmt.whole(weight.shape, facts._replace(amax=1.0))
+    for suffix in expected.keys() & {"mul_scale", "input_scale"}:
+        tensor, shard = stored[f"{layer}.{suffix}"]
+        found = np.fromfile(shard.path, OUTPUT_DTYPE[tensor.spec.dtype], tensor.spec.numel, offset=tensor.start)
+        wrong = np.flatnonzero(found != expected[suffix].ravel())
+        if wrong.size:
+            first = int(wrong[0])
+            yield f"{layer}.{suffix}: holds {found[first]} at [{first}], expected {expected[suffix].ravel()[first]}."
 
 
 def _problem(name: str, tensor: StoredTensor, shard: Header, fmt: Format) -> str | None:
     is_weight = name.endswith(".weight")
-    if is_weight and fmt.valid_codes is None:
-        return None
     dtype = OUTPUT_DTYPE[tensor.spec.dtype]
     for start in range(0, tensor.spec.nbytes, PIECE_BYTES):
         count = min(PIECE_BYTES, tensor.spec.nbytes - start) // dtype.itemsize
@@ -45,8 +67,7 @@ def _problem(name: str, tensor: StoredTensor, shard: Header, fmt: Format) -> str
 
 
 def _good_codes(codes: NDArray[np.uint8], fmt: Format) -> NDArray[np.bool_]:
-    assert fmt.valid_codes is not None
-    good: NDArray[np.bool_] = fmt.valid_codes[codes]
+    good: NDArray[np.bool_] = fmt.valid_codes[codes.view(np.uint8)]
     return good
 
 

@@ -1,6 +1,7 @@
 """Check a converted checkpoint: files against the manifest, tensors against the format, errors against the source.
 
-It shares no code with the writer beyond the header reader and the format's contract.
+It shares the header reader, the recipe and the formats' contracts with the writer, not its arithmetic: codes and scales
+are judged by what they stand for.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def verify(
     manifest = _read_manifest(root)
     result = Verification(path=str(root))
     result.checks.append(_check_files(root, manifest["files"], progress))
-    fmt = Recipe.from_dict(manifest["recipe"]).format
+    recipe = Recipe.from_dict(manifest["recipe"])
+    fmt = recipe.format
     components: dict[str, Component] = {}
     for name, entry in manifest["components"].items():
         try:
@@ -105,7 +107,7 @@ def verify(
         except OmniConvertError as error:
             result.checks.append(Check(f"{_title(name)} headers", "weight files and index", (str(error),)))
             continue
-        result.checks += _check_component(components[name], fmt, entry["tensors"], _title(name))
+        result.checks += _check_component(components[name], recipe, entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
         result.checks.append(_check_source(original, manifest["source"]))
@@ -187,7 +189,8 @@ def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], 
     return None if digest == entry["sha256"] else "its sha256 differs: the content changed. Convert again."
 
 
-def _check_component(component: Component, fmt: Format, decisions: Mapping[str, Any], title: str) -> list[Check]:
+def _check_component(component: Component, recipe: Recipe, decisions: Mapping[str, Any], title: str) -> list[Check]:
+    fmt = recipe.format
     where = f"{component.relative('config.json')}: quantization_config"
     try:
         config = parse_config((component.config or {}).get("quantization_config"), where)
@@ -198,7 +201,7 @@ def _check_component(component: Component, fmt: Format, decisions: Mapping[str, 
         return [Check(f"{title} config", "quantization_config", (str(error),))]
     layers = quantized_layers(component, tuple(fmt.suffixes))
     structure = [*_structure_problems(component, config, fmt, decisions, layers), *_index_problems(component)]
-    values = [] if structure else value_problems(component, fmt, layers)
+    values = [] if structure else value_problems(component, fmt, layers, recipe.input_scales)
     return [
         Check(f"{title} config", f"{fmt.name}, {len(config.ignored_layers)} ignored layers", ()),
         Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", tuple(structure)),

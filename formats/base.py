@@ -50,12 +50,24 @@ class Format(Protocol):
         """The ``quant_method`` of ``quantization_config``."""
 
     @property
+    def quality(self) -> str:
+        """How scales are chosen: one of ``QUALITIES``."""
+
+    @property
     def options(self) -> Mapping[str, Sequence[str]]:
         """What a conversion may choose: option -> its values (empty: any)."""
 
     @property
     def serialized_flag(self) -> str | None:
         """The config key that says "weights on disk are already quantized"; None where the method says it."""
+
+    @property
+    def ignores_parts(self) -> bool:
+        """Whether engines take an ignored layer for a part of a name (or a pattern), not for a whole one."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether its quality is one that searches scales, and there are better ones to find."""
 
     @property
     def suffixes(self) -> Sequence[str]:
@@ -74,8 +86,8 @@ class Format(Protocol):
         """The ``Facts`` without which this format cannot quantize some rows."""
 
     @property
-    def valid_codes(self) -> NDArray[np.bool_] | None:
-        """(256,): which bytes ``weight`` may hold; None if any."""
+    def valid_codes(self) -> NDArray[np.bool_]:
+        """(256,): which bytes conversions write into ``weight``."""
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be held in this format; None if it can."""

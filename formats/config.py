@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,8 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
     ignored = data.get(names_key) or ()
     if not isinstance(ignored, (list, tuple)) or not all(isinstance(name, str) for name in ignored):
         raise OmniConvertError(f"{where}: {names_key} is {ignored!r}, expected a list of layer names.")
-    config = QuantizationConfig(format=fmt, ignored_layers=tuple(ignored))
+    names = map(_plain_name, ignored) if fmt.ignores_parts else ignored
+    config = QuantizationConfig(format=fmt, ignored_layers=tuple(names))
     expected = config.to_dict()
     flag = fmt.serialized_flag
     if flag and data.get(flag, False) is not True:
@@ -56,6 +58,16 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
                 f"{f'{expected[key]!r}' if key in expected else 'no such key'}; {fmt.name} knows {', '.join(expected)}."
             )
     return config
+
+
+def exact_pattern(name: str) -> str:
+    """``name`` for engines that take a plain name for a part of one, but a pattern for a whole one."""
+    return f"[{name[0]}]{name[1:]}"
+
+
+def _plain_name(pattern: str) -> str:
+    """The inverse of ``exact_pattern``; other names stay."""
+    return re.sub(r"^\[(.)\]", r"\1", pattern)
 
 
 def _announced_format(data: Mapping[str, Any], where: str) -> Format:

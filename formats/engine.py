@@ -3,41 +3,56 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omni_convert.formats.base import NO_FACTS, Facts, Format, NonFinite
+from omni_convert.formats.errors import OmniConvertError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+T = TypeVar("T")
+
+_lock = Lock()
+_problems: list[str] = []
+
+
+def first_working(kernel: Callable[[], T], reference: Callable[[], T]) -> T:
+    """The result of a compiled kernel, or of the reference where numba does not work; then says so once, in one line.
+
+    numba may be missing, built for another NumPy, without a folder for its cache, or unable to compile a kernel. The
+    first call decides for all that follow.
+    """
+    if not _problems:
+        try:
+            with _lock:  # one thread imports and compiles; the others find it done
+                _import_kernels()
+            return kernel()
+        except (OmniConvertError, MemoryError):
+            raise
+        except Exception as error:  # whatever it is, the reference does not need numba
+            _give_up(error)
+    return reference()
+
 
 @cache
-def compiled() -> bool:
-    """Whether the compiled kernels work here; if not, says so once, in one line on stderr.
+def _import_kernels() -> None:
+    from omni_convert.formats import dual_kernels, fp8_kernels, kernels, mx_kernels  # noqa: F401
 
-    numba is missing, or was built for another NumPy, or finds no folder for its cache, or cannot compile: the first
-    three show when it is imported, the last when a kernel first runs.
-    """
-    try:
-        import numpy as np
 
-        from omni_convert.formats import kernels
-
-        codes, scale, power = np.empty((1, 1), np.int8), np.empty((1, 1), np.float32), np.empty((1, 2))
-        kernels.int8_rows(np.full((1, 1), 0xC000, np.uint16), codes, scale, power)
-        if codes[0, 0] == -127:
-            return True
-        problem = f"-2 became code {codes[0, 0]}, expected -127"
-    except Exception as error:  # whatever it is, the reference does not need numba
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    sys.stderr.write(
-        f"omni-convert: numba does not work here ({problem}); torch takes over, with the same bytes at a tenth of the "
-        "speed or less.\n"
-    )
-    return False
+def _give_up(error: Exception) -> None:
+    with _lock:
+        if _problems:
+            return
+        _problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        sys.stderr.write(
+            f"omni-convert: numba does not work here ({_problems[0]}); torch takes over, with the same bytes at a "
+            "tenth of the speed or less.\n"
+        )
 
 
 def reference_values(
@@ -92,8 +107,9 @@ def amax(bits: NDArray[Any], dtype: str) -> np.float32:
     """Largest magnitude of stored bits (n, K), not empty; NaN or Inf if one of them is."""
     from omni_convert.formats import bits as stored
 
-    if not compiled():
-        return stored.amax(bits, dtype)
-    from omni_convert.formats import fp8_kernels
+    def kernel() -> np.float32:
+        from omni_convert.formats import fp8_kernels
 
-    return fp8_kernels.largest_magnitude(stored.kernel_bits(bits, dtype))
+        return fp8_kernels.largest_magnitude(stored.kernel_bits(bits, dtype))
+
+    return first_working(kernel, lambda: stored.amax(bits, dtype))

@@ -40,7 +40,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows, reference_values
+from omni_convert.formats.engine import first_working, reference_rows, reference_values
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LARGEST = 448.0
+LARGEST_BLOCK = 1024
 CLIPS = 464.0
 """A quotient from here on is nearer to the next value, which does not exist, than to the largest."""
 
@@ -82,8 +83,7 @@ class Fp8:
         if self.block_size is not None:
             if self.granularity != "block":
                 raise UsageError(f"--block-size needs --granularity block, this one is {self.granularity}.")
-            if len(self.block_size) != 2 or not all(type(side) is int and side > 0 for side in self.block_size):
-                raise UsageError(f"--block-size is {self.block_size!r}, expected two positive numbers, as in 128x128.")
+            _check_block_size(self.block_size)
         if self.activation_scheme == "static" and self.granularity != "tensor":
             raise UsageError(
                 f"--activation-scheme static: engines run fp8 scales per {self.granularity} with dynamic activations "
@@ -93,6 +93,14 @@ class Fp8:
     @property
     def serialized_flag(self) -> str | None:
         return None if self.granularity == "channel" else "is_checkpoint_fp8_serialized"
+
+    @property
+    def ignores_parts(self) -> bool:
+        return self.granularity == "channel"
+
+    @property
+    def is_searched(self) -> bool:
+        return self.quality != "fast" and self.granularity != "tensor"
 
     @property
     def suffixes(self) -> Sequence[str]:
@@ -111,12 +119,10 @@ class Fp8:
         return (*(("amax",) if self.granularity == "tensor" else ()), *(("input_scale",) if self._is_static else ()))
 
     @property
-    def valid_codes(self) -> NDArray[np.bool_] | None:
-        import numpy as np
+    def valid_codes(self) -> NDArray[np.bool_]:
+        from omni_convert.formats import microscaling as mx
 
-        from omni_convert.formats.microscaling import E4M3_VALUES
-
-        return np.isfinite(E4M3_VALUES)
+        return mx.E4M3.valid_codes
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         return refuse_shape(self.name, shape)
@@ -138,9 +144,9 @@ class Fp8:
 
         w = checked_float32(weight)
         if w.dim() == 3:
-            return stack_experts(lambda expert: self.quantize(expert, facts), w)
+            return stack_experts(lambda expert: self.quantize(expert, facts._replace(amax=None)), w)
         block = self._block(w)
-        if self.quality != "fast" and self.granularity != "tensor":
+        if self.is_searched:
             from omni_convert.formats import search
 
             scale = search.fp8_block_scales(w, block)
@@ -184,8 +190,24 @@ class Fp8:
         power: NDArray[np.float64] | None,
         facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
-        if not compiled():
-            return reference_rows(self, bits, dtype, out, power, facts)
+        return first_working(
+            lambda: self._compiled_rows(bits, dtype, out, power, facts),
+            lambda: reference_rows(self, bits, dtype, out, power, facts),
+        )
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
+
+    def _compiled_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
         from omni_convert.formats.bits import first_nonfinite, kernel_bits, nonfinite_place
 
         stored, codes = kernel_bits(bits, dtype), out["weight"]
@@ -198,11 +220,9 @@ class Fp8:
         row = self._scaled_rows(stored, codes, out[self._scale_suffix], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    def _compiled_values(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        if not compiled():
-            return reference_values(self, tensors, out)
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels
@@ -254,8 +274,7 @@ class Fp8:
         """The first row that holds NaN or Inf, or -1."""
         from omni_convert.formats import fp8_kernels
 
-        searched = self.quality != "fast"
-        if searched:
+        if self.is_searched:
             from omni_convert.formats import search_kernels
 
             row = (
@@ -266,8 +285,8 @@ class Fp8:
             if row >= 0:
                 return row
         if self.block_size:
-            return fp8_kernels.fp8_block_rows(bits, codes, scale, power, self.block_size, given=searched)
-        return fp8_kernels.fp8_rows(bits, codes, scale, power, given=searched)
+            return fp8_kernels.fp8_block_rows(bits, codes, scale, power, self.block_size, given=self.is_searched)
+        return fp8_kernels.fp8_rows(bits, codes, scale, power, given=self.is_searched)
 
     @property
     def _scale_suffix(self) -> str:
@@ -291,6 +310,17 @@ class Fp8:
             return scale.reshape(-1, 1)
         rows, columns = tensors["weight"].shape
         return np.repeat(np.repeat(scale, self.block_size[0], 0)[:rows], self.block_size[1], 1)[:, :columns]
+
+
+def _check_block_size(block: Sequence[object]) -> None:
+    """Rows: engines need no more, and all rows of a block are in memory at once. Columns: whole vectors of 16."""
+    numbers = [side for side in block if type(side) is int]
+    if len(block) != 2 or len(numbers) != 2 or not 1 <= numbers[0] <= LARGEST_BLOCK:
+        raise UsageError(f"--block-size is {block!r}, expected two numbers from 1 to {LARGEST_BLOCK}, as in 128x128.")
+    if numbers[1] % 16 or not 16 <= numbers[1] <= LARGEST_BLOCK:
+        raise UsageError(
+            f"--block-size has {numbers[1]} columns, expected a multiple of 16 up to {LARGEST_BLOCK}, as in 128x128."
+        )
 
 
 def _known(fact: float | None, name: str) -> float:

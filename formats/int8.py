@@ -34,7 +34,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows, reference_values
+from omni_convert.formats.engine import first_working, reference_rows, reference_values
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
 
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 QMAX = 127.0
+NPU_ROWS = 65535
+"""vLLM-Omni runs a layer with more rows unquantized on NPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +61,26 @@ class Int8:
     }
     serialized_flag: ClassVar[str] = "is_checkpoint_int8_serialized"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+    ignores_parts: ClassVar[bool] = False
     whole_suffixes: ClassVar[Sequence[str]] = ()
     rows_per_scale: ClassVar[int] = 1
     needs: ClassVar[Sequence[str]] = ()
-    valid_codes: ClassVar[None] = None
+
+    @property
+    def valid_codes(self) -> NDArray[np.bool_]:
+        import numpy as np
+
+        return np.arange(256, dtype=np.uint8).view(np.int8) >= self._qmin
+
+    @property
+    def is_searched(self) -> bool:
+        return self.quality != "fast"
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
-        return refuse_shape(self.name, shape)
+        refusal = refuse_shape(self.name, shape)
+        if refusal is None and shape[0] > NPU_ROWS:
+            return f"N is {shape[0]}, and int8 on Ascend NPUs takes at most {NPU_ROWS}"
+        return refusal
 
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         return {"weight": TensorSpec("I8", shape), "weight_scale": TensorSpec("F32", (shape[0], 1))}
@@ -103,8 +118,24 @@ class Int8:
         power: NDArray[np.float64] | None,
         facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
-        if not compiled():
-            return reference_rows(self, bits, dtype, out, power)
+        return first_working(
+            lambda: self._compiled_rows(bits, dtype, out, power, facts),
+            lambda: reference_rows(self, bits, dtype, out, power, facts),
+        )
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
+
+    def _compiled_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
         from omni_convert.formats import kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
@@ -119,11 +150,9 @@ class Int8:
                 row = kernels.int8_codes(stored, codes, scale, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    def _compiled_values(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        if not compiled():
-            return reference_values(self, tensors, out)
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels

@@ -60,10 +60,11 @@ class Element:
 
     @cached_property
     def valid_codes(self) -> NDArray[np.bool_]:
-        """Which e4m3 bytes hold a value of this element."""
+        """Which e4m3 bytes hold a value of this element; zero has no sign."""
         magnitude = np.abs(E4M3_VALUES)
         steps = magnitude / (2 * self.half_steps)
         valid: NDArray[np.bool_] = (magnitude <= self.largest) & (steps == np.floor(steps))
+        valid[0x80] = False
         return valid
 
     @cached_property

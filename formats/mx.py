@@ -17,7 +17,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows, reference_values
+from omni_convert.formats.engine import first_working, reference_rows, reference_values
 from omni_convert.formats.errors import UsageError
 from omni_convert.formats.header import TensorSpec
 
@@ -43,12 +43,13 @@ class Mx:
     settings: tuple[tuple[str, Any], ...] = ()
     quality: str = "fast"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
+    ignores_parts: ClassVar[bool] = False
     whole_suffixes: ClassVar[Sequence[str]] = ()
     rows_per_scale: ClassVar[int] = 1
     needs: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
-        if self._is_searched and self.scale_rule != "even":
+        if self.is_searched and self.scale_rule != "even":
             raise UsageError(
                 f"--scale-rule {self.scale_rule} with --quality {self.quality}: the search of {self.name} chooses the "
                 "scales itself. Leave one of them out."
@@ -83,7 +84,7 @@ class Mx:
             return stack_experts(self.quantize, w)
         rows, columns = w.shape
         blocks, scale = mx.to_blocks(w), None
-        if self._is_searched:
+        if self.is_searched:
             from omni_convert.formats import search
 
             scale = search.mxfp4_scales(blocks)
@@ -111,27 +112,41 @@ class Mx:
         power: NDArray[np.float64] | None,
         facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
-        if not compiled():
-            return reference_rows(self, bits, dtype, out, power)
+        return first_working(
+            lambda: self._compiled_rows(bits, dtype, out, power, facts),
+            lambda: reference_rows(self, bits, dtype, out, power, facts),
+        )
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
+
+    def _compiled_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
         from omni_convert.formats import mx_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
         stored, scale = kernel_bits(bits, dtype), out["weight_scale"]
         row = -1
-        if self._is_searched:
+        if self.is_searched:
             from omni_convert.formats import mxfp4_search
 
             row = mxfp4_search.mxfp4_scales(stored, scale)
         if row < 0:
-            rule = None if self._is_searched else self.scale_rule
+            rule = None if self.is_searched else self.scale_rule
             row = mx_kernels.mx_rows(stored, out["weight"], scale, power, self._element, rule)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    def _compiled_values(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        if not compiled():
-            return reference_values(self, tensors, out)
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels
@@ -143,7 +158,7 @@ class Mx:
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         from omni_convert.formats import microscaling as mx
 
-        overshoot = self._element.overshoot("floor" if self._is_searched else self.scale_rule)
+        overshoot = self._element.overshoot("floor" if self.is_searched else self.scale_rule)
         return mx.tolerance(self._element, overshoot, tensors["weight"], self._scales(tensors))
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +175,7 @@ class Mx:
         return mx.expand(mx.e8m0_values(tensors["weight_scale"]), tensors["weight"].shape[1])
 
     @property
-    def _is_searched(self) -> bool:
+    def is_searched(self) -> bool:
         return self.element == "e2m1" and self.quality != "fast"
 
     @property

@@ -33,7 +33,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import compiled, reference_rows, reference_values
+from omni_convert.formats.engine import first_working, reference_rows, reference_values
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Mxfp4DualScale:
     }
     serialized_flag: ClassVar[str] = "is_checkpoint_serialized"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale", "weight_dual_scale", "mul_scale")
+    ignores_parts: ClassVar[bool] = False
     whole_suffixes: ClassVar[Sequence[str]] = ("mul_scale",)
     rows_per_scale: ClassVar[int] = 1
     needs: ClassVar[Sequence[str]] = ()
@@ -66,6 +67,10 @@ class Mxfp4DualScale:
         from omni_convert.formats import microscaling as mx
 
         return mx.E2M1.valid_codes
+
+    @property
+    def is_searched(self) -> bool:
+        return self.quality != "fast"
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         return refuse_shape(self.name, shape, 64)
@@ -132,8 +137,24 @@ class Mxfp4DualScale:
         power: NDArray[np.float64] | None,
         facts: Facts = NO_FACTS,
     ) -> NonFinite | None:
-        if not compiled():
-            return reference_rows(self, bits, dtype, out, power)
+        return first_working(
+            lambda: self._compiled_rows(bits, dtype, out, power, facts),
+            lambda: reference_rows(self, bits, dtype, out, power, facts),
+        )
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
+
+    def _compiled_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
         from omni_convert.formats import dual_kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
@@ -149,11 +170,9 @@ class Mxfp4DualScale:
                 row = dual_kernels.dual_codes(stored, codes, fine, coarse, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    def _compiled_values(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        if not compiled():
-            return reference_values(self, tensors, out)
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels

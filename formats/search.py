@@ -65,8 +65,6 @@ INT8_OVERSHOOT = 9.7
 FP8_CLIPS = 464.0
 FP8_CANDIDATES = 24
 FP8_LENS = 512.0
-FP8_OVERSHOOT = 16.0
-"""How far beyond 448 a scaled weight may lie: less than half a step, and that only where the scale is subnormal."""
 
 MXFP4_UNIT = 1024.0
 """An error of one scale."""

@@ -54,6 +54,11 @@ def test_every_folder_with_modules_is_packaged() -> None:
     assert {path.parent.resolve() for path in modules} == packaged
 
 
+def test_nothing_that_tools_leave_behind_is_kept() -> None:
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    assert [name for name in names if name.endswith((".orig", ".rej", ".bak", ".pyc"))] == []
+
+
 def test_rooms_have_one_home() -> None:
     for room in ROOMS:
         assert (ROOT / "src" / "omni_convert" / room).resolve() == ROOT / room

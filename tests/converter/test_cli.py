@@ -132,7 +132,7 @@ def test_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
         (["--method", "fp8", "--activation-scales", "scales.json", "model", "out"], "--activation-scheme static"),
         (
             ["--method", "fp8", "--activation-scheme=static", "--activation-scales", "scales.json", "model", "out"],
-            "the first is transformer_blocks.0.",
+            "no layer is called other",
         ),
         (
             ["--method", "fp8", "--granularity=block", "--activation-scheme", "static", "model", "out"],
@@ -181,11 +181,32 @@ def test_formats_have_options(omni_convert: Command, source: Path, tmp_path: Pat
     assert "mxfp8 (rule floor)" in result.stdout
 
 
-@pytest.mark.parametrize("text", ["[]", '{"a": "1"}', '{"a": 0}', '{"a": -1.5}', '{"a": true}', '{"a": NaN}', "{"])
-def test_files_that_hold_no_scales(omni_convert: Command, source: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("[]", 1, "scales.json"),
+        ("{", 1, "Correct the file"),
+        ('{"a": "1"}', 2, "finite positive"),
+        ('{"a": 0}', 2, "finite positive"),
+        ('{"a": -1.5}', 2, "finite positive"),
+        ('{"a": true}', 2, "finite positive"),
+        ('{"a": NaN}', 2, "finite positive"),
+        ('{"attn.to_q": 1}', 2, "no layer is called attn.to_q"),
+    ],
+)
+def test_files_that_hold_no_scales(
+    omni_convert: Command, source: Path, tmp_path: Path, text: str, code: int, said: str
+) -> None:
     (tmp_path / "scales.json").write_text(text)
     options = ("--activation-scheme", "static", "--activation-scales", tmp_path / "scales.json")
-    assert "scales.json" in omni_convert.fails(1, "--method", "fp8", *options, source, tmp_path / "out")
+    assert said in omni_convert.fails(code, "--method", "fp8", *options, source, tmp_path / "out")
+
+
+def test_a_search_that_finds_nothing_better_is_said(omni_convert: Command, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", {}, {"a.weight": random(2, 64)})
+    for number, (method, noted) in enumerate([("mxfp8", True), ("fp8", True), ("int8", False), ("mxfp4", False)]):
+        result = omni_convert("--method", method, "--quality", "balanced", model, tmp_path / str(number))
+        assert (result.code, "no better scales" in result.stderr) == (0, noted)
 
 
 def test_recorded_scales(omni_convert: Command, tmp_path: Path) -> None:

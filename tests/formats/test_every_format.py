@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hostile.small import Tensor, random
+from hostile.small import Tensor, random, write_model
 from quantized import DTYPES, as_bytes, run_kernel
 
 from omni_convert.formats import FORMATS, engine, format_label, format_options, make_format
@@ -71,10 +72,7 @@ def test_the_reference_names_what_is_not_finite(fmt: Format, value: float) -> No
 def test_without_numba_the_bytes_are_the_same(fmt: Format, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random(6, 192, dtype=dtype)
     expected = run_kernel(fmt, weight)
-    monkeypatch.setattr(engine, "compiled", lambda: False)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("omni_convert.formats.") and hasattr(module, "compiled"):
-            monkeypatch.setattr(module, "compiled", lambda: False)
+    monkeypatch.setattr(engine, "_problems", ["numba is away"])
     found = run_kernel(fmt, weight)
     for name, array in found.tensors.items():
         assert array.tobytes() == expected.tensors[name].tobytes(), name
@@ -98,9 +96,25 @@ print(out["weight"].tolist())
 """
 
 
-def test_a_missing_numba_is_said_once() -> None:
-    result = subprocess.run([sys.executable, "-c", NO_NUMBA], capture_output=True, text=True, check=True)
-    assert result.stdout == "[[127, -64]]\n"
+BROKEN_KERNEL = """
+import numpy as np
+from omni_convert.formats import FORMATS, mx_kernels
+def broken(*args):
+    raise NotImplementedError("no such vector here")
+mx_kernels.mx_rows = broken
+out = {"weight": np.empty((1, 32), np.uint8), "weight_scale": np.empty((1, 1), np.uint8)}
+for _ in range(2):
+    assert FORMATS["mxfp8"].quantize_rows(np.full((1, 32), 0x4000, np.uint16), "BF16", out, None) is None
+print(out["weight"][0, 0], out["weight_scale"][0, 0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "printed"), [(NO_NUMBA, "[[127, -64]]\n"), (BROKEN_KERNEL, "120 120\n")], ids=["missing", "broken"]
+)
+def test_a_numba_that_does_not_work_is_said_once(code: str, printed: str) -> None:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == printed
     (line,) = result.stderr.splitlines()
     assert line.startswith("omni-convert: numba does not work here (")
     assert "torch takes over" in line
@@ -151,12 +165,20 @@ def test_choices_that_a_format_does_not_have(method: str, options: dict[str, Any
 def test_valid_codes_are_those_that_quantization_makes(fmt: Format) -> None:
     valid = fmt.valid_codes
     codes = run_kernel(fmt, Tensor("BF16", np.arange(0x7F80, dtype="<u2").reshape(-1, 64))).codes
-    if valid is None:
-        assert fmt.name == "int8"
+    assert valid[codes.view(np.uint8)].all()
+    if fmt.name == "int8":
+        assert np.flatnonzero(~valid).tolist() == ([] if fmt.is_searched else [0x80])
+    elif "mxfp4" in fmt.name:
+        assert np.flatnonzero(valid).tolist() == [
+            0, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C, 0xB0, 0xB8, 0xBC, 0xC0, 0xC4, 0xC8, 0xCC,
+        ]  # fmt: skip
     else:
-        assert valid[codes].all()
-        assert not valid[[0x7F, 0xFF]].any()
-        if "mxfp4" in fmt.name:
-            assert np.flatnonzero(valid).tolist() == [
-                0, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C, 0x80, 0xB0, 0xB8, 0xBC, 0xC0, 0xC4, 0xC8, 0xCC,
-            ]  # fmt: skip
+        assert np.flatnonzero(~valid).tolist() == [0x7F, 0x80, 0xFF]
+
+
+def test_several_threads_say_it_once(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {}, {f"{name}.weight": random(64, 64) for name in range(40)})
+    command = "import sys; sys.modules['numba'] = None; from omni_convert.converter.cli import main; main(sys.argv[1:])"
+    arguments = ["--method", "int8", "--threads", "4", str(source), str(tmp_path / "out")]
+    result = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=True)
+    assert result.stderr.count("numba does not work here (ModuleNotFoundError") == result.stderr.count("\n") == 1

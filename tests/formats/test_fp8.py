@@ -25,8 +25,8 @@ KINDS = {
     "tensor": TENSOR,
     "channel": CHANNEL,
     "block": BLOCK,
-    "small blocks": Fp8(granularity="block", block_size=(3, 5)),
-    "wide blocks": Fp8(granularity="block", block_size=(2, 1000)),
+    "small blocks": Fp8(granularity="block", block_size=(3, 16)),
+    "wide blocks": Fp8(granularity="block", block_size=(2, 1008)),
     "static": STATIC,
 }
 SHAPES = [(1, 1), (1, 7), (5, 1), (3, 63), (128, 128), (129, 257), (2, 1000), (300, 40)]
@@ -58,7 +58,7 @@ def test_scales_belong_to_what_the_granularity_says() -> None:
     assert found["block"].tolist() == [[1, 1, 0.5], [1, 2, 1]]
     assert found["channel"].tolist() == [1, 1, 1, 1, 1, 0.5, *[1] * 123, 2]
     assert np.argwhere(found["wide blocks"] != 1).tolist() == [[2, 0], [64, 0]]
-    assert np.argwhere(found["small blocks"] != 1).tolist() == [[1, 51], [43, 25]]
+    assert np.argwhere(found["small blocks"] != 1).tolist() == [[1, 16], [43, 8]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -236,8 +236,11 @@ def test_a_given_amax_is_shared() -> None:
         ({"granularity": "channel", "activation_scheme": "static"}, "per channel with dynamic"),
         ({"granularity": "block", "activation_scheme": "static"}, "per block with dynamic"),
         ({"block_size": (128, 128)}, "--block-size needs --granularity block"),
-        ({"granularity": "block", "block_size": (0, 128)}, "two positive numbers"),
-        ({"granularity": "block", "block_size": (128,)}, "two positive numbers"),
+        ({"granularity": "block", "block_size": (0, 128)}, "two numbers from 1 to 1024"),
+        ({"granularity": "block", "block_size": (2048, 128)}, "two numbers from 1 to 1024"),
+        ({"granularity": "block", "block_size": (128,)}, "two numbers from 1 to 1024"),
+        ({"granularity": "block", "block_size": (128, 40)}, "40 columns, expected a multiple of 16"),
+        ({"granularity": "block", "block_size": (128, 2048)}, "2048 columns, expected a multiple of 16"),
     ],
 )
 def test_what_no_engine_knows(options: dict[str, Any], said: str) -> None:

@@ -16,6 +16,7 @@ it becomes 224. None of that is met by the weights below, except zeros and 448.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
@@ -82,7 +83,7 @@ def bf16_weights(draw: st.DrawFn) -> Tensor:
 
 def torchao_blocks(weight: torch.Tensor, name: str, rule: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """torchao's codes as e4m3 bytes without a sign at zero, and scale bytes; zeros have scale byte 0 there too."""
-    module = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    module = importlib.import_module("torchao.prototype.mx_formats.mx_tensor")
     dtype = torch.float8_e4m3fn if name == "mxfp8" else torch.float4_e2m1fn_x2
     mode = module.ScaleCalculationMode(rule)
     scale, codes = module.to_mx(weight.contiguous(), dtype, 32, mode)
@@ -137,7 +138,7 @@ def divided_by_coarse(weight: Tensor, found: Quantized) -> NDArray[np.float32]:
 
 def compressed_tensors(values: Values, group: int, bits: int, **scale: Any) -> tuple[Values, Values]:
     """Element values, zeros positive, and scales, for groups along K of floats of so many ``bits``."""
-    library = pytest.importorskip("compressed_tensors.quantization")
+    library = importlib.import_module("compressed_tensors.quantization")
     from compressed_tensors.quantization.utils import calculate_qparams
 
     args = library.QuantizationArgs(num_bits=bits, type="float", strategy="group", group_size=group, **scale)
@@ -215,14 +216,14 @@ def as_values(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def ml_dtypes_cast(values: NDArray[Any], name: str) -> NDArray[np.float32]:
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = importlib.import_module("ml_dtypes")
     largest, dtype = (448, ml_dtypes.float8_e4m3fn) if name == "mxfp8" else (6, ml_dtypes.float4_e2m1fn)
     result: NDArray[np.float32] = np.clip(values, -largest, largest).astype(dtype).astype(np.float32)
     return result
 
 
 def gfloat_cast(values: NDArray[Any], name: str) -> NDArray[np.float32]:
-    pytest.importorskip("gfloat")
+    importlib.import_module("gfloat")
     from gfloat import round_ndarray
     from gfloat.formats import format_info_ocp_e2m1, format_info_ocp_e4m3
 
@@ -250,7 +251,7 @@ def test_every_bf16_pattern(name: str, cast: Any) -> None:
 
 def gfloat_scales(blocks: NDArray[np.float64], name: str, rule: str) -> list[int]:
     """Scale bytes. Rule even is rule floor of magnitudes rounded to as many bits as the element has."""
-    module = pytest.importorskip("gfloat.block")
+    module = importlib.import_module("gfloat.block")
     from gfloat import round_ndarray
     from gfloat.formats import format_info_binary32
 
