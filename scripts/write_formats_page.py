@@ -76,7 +76,7 @@ def contract() -> str:
     """Tensors, sizes and engines of every kind."""
     lines = ["| | suffix | dtype | shape | bits/weight | loaded natively by |", "|---|---|---|---|---|---|"]
     for fmt in KINDS:
-        four_bits = fmt.valid_codes is not None and int(np.count_nonzero(fmt.valid_codes)) == 16
+        four_bits = int(np.count_nonzero(fmt.valid_codes)) < 16
         size = f"{bits_per_weight(fmt):.2f}"
         size += f" (device: {bits_per_weight(fmt, 4):.2f})" if four_bits else ""
         first = [flags(fmt), size, LOADED_BY[format_label(fmt)]]
