@@ -1,6 +1,9 @@
-"""Measure a conversion beside `cp -r` and beside the naive torch expression, in one run.
+"""Measure a conversion beside `cp -r` in one run.
 
     python scripts/bench_convert.py --gigabytes 4 --runs 5
+    python scripts/bench_convert.py --method fp8 --granularity channel --quality balanced
+
+Options that are not listed go to omni-convert.
 
 Writes a BF16 checkpoint of Qwen-Image block shapes (hidden 3072, MLP 12288), reads it once so that it is in the page
 cache, then alternates conversion and copy. Every run is a new process, so start-up, imports and hashing count.
@@ -104,73 +107,26 @@ def run(command: list[str]) -> dict[str, float]:
     }
 
 
-def naive_ratio(folder: Path, method: str) -> tuple[float, float]:
-    """GB/s of the compiled kernel and of the naive torch expression on the first shard's weights, one thread."""
-    import numpy as np
-    import torch
-    from safetensors import safe_open
-
-    from omni_convert.formats import FORMATS
-    from omni_convert.formats.bits import OUTPUT_DTYPE
-
-    torch.set_num_threads(1)
-    with safe_open(sorted(folder.glob("*.safetensors"))[0], "pt") as file:
-        weights = [file.get_tensor(name).clone() for name in list(file.keys())[:8]]
-    total = sum(weight.nbytes for weight in weights)
-
-    def naive() -> None:
-        for w in weights:
-            s = w.float().abs().amax(dim=1, keepdim=True) / 127
-            (w.float() / s).round().clamp(-127, 127).to(torch.int8)
-
-    arrays = [
-        (
-            weight.view(torch.uint16).numpy(),
-            {
-                suffix: np.empty(spec.shape, OUTPUT_DTYPE[spec.dtype])
-                for suffix, spec in FORMATS[method].tensors(tuple(weight.shape)).items()
-            },
-            np.empty((len(weight), 2)),
-        )
-        for weight in weights
-    ]
-
-    def ours() -> None:
-        for bits, out, power in arrays:
-            FORMATS[method].quantize_rows(bits, "BF16", out, power)
-
-    rates = []
-    for function in (ours, naive):
-        function()
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - started)
-        rates.append(total / statistics.median(times) / 1e9)
-    return rates[0], rates[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--method", default="int8")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    arguments = parser.parse_args()
+    arguments, others = parser.parse_known_args()
     work = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        measure(work, arguments.gigabytes, arguments.runs, arguments.method)
+        measure(work, arguments.gigabytes, arguments.runs, ["--method", arguments.method, *others])
     finally:
         shutil.rmtree(work)
 
 
-def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
+def measure(work: Path, gigabytes: float, runs: int, options: list[str]) -> None:
     model, out, copy = work / "model", work / "out", work / "copy"
     total = write_checkpoint(model, gigabytes)
     os.sync()
     script = Path(sys.executable).with_name("omni-convert")
-    convert = [str(script), "--method", method, str(model), str(out)]
+    convert = [str(script), *options, str(model), str(out)]
     results: dict[str, list[dict[str, float]]] = {"convert": [], "cp -r": []}
     for number in range(runs + 1):
         for name, command, target in (("convert", convert, out), ("cp -r", ["cp", "-r", str(model), str(copy)], copy)):
@@ -179,7 +135,8 @@ def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
             if number:  # the first round warms the page cache and the kernel cache
                 results[name].append(figures)
     startup = run([sys.executable, "-c", "import omni_convert.converter.execute, omni_convert.formats.kernels"])
-    print(f"{total / 1e9:.2f} GB BF16 -> {method}, {os.cpu_count()} processors, median of {runs} alternating runs\n")
+    print(f"{total / 1e9:.2f} GB BF16, {' '.join(options)}")
+    print(f"{os.cpu_count()} processors, median of {runs} alternating runs\n")
     print(f"{'':10}{'wall s':>8}{'GB/s':>8}{'CPU s':>8}{'anon MiB':>10}{'max RSS MiB':>13}{'of cp':>8}")
     median = {
         name: {key: statistics.median(item[key] for item in items) for key in items[0]}
@@ -193,8 +150,6 @@ def measure(work: Path, gigabytes: float, runs: int, method: str) -> None:
             f"{name:10}{figures['wall']:8.2f}{rate:8.2f}{figures['cpu']:8.2f}{figures['rss']:10.0f}{figures['max_rss']:13.0f}{share:>8}"
         )
     print(f"\npeak memory beyond the imports: {median['convert']['rss'] - startup['rss']:.0f} MiB")
-    ours, naive = naive_ratio(model, method)
-    print(f"kernel, one thread: {ours:.1f} GB/s; naive int8 in torch: {naive:.2f} GB/s; ratio {ours / naive:.0f}x")
 
 
 if __name__ == "__main__":
