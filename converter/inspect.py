@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
+from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_bytes, format_table
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
@@ -79,10 +81,19 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
         return Summary(path=str(root), made_by=None, components=(_summarize(component),))
     if (root / MARKER_NAME).exists():
         raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
-    manifest = root / MANIFEST_NAME
-    made_by = str(read_json(manifest).get("omni_convert")) if manifest.is_file() else None
-    components = tuple(_summarize(open_component(root, name)) for name in find_components(root))
+    manifest = read_json(root / MANIFEST_NAME) if (root / MANIFEST_NAME).is_file() else {}
+    made_by = str(manifest.get("omni_convert")) if manifest else None
+    made_as = _recorded_format(manifest)
+    components = tuple(_summarize(open_component(root, name), made_as) for name in find_components(root))
     return Summary(path=str(root), made_by=made_by, components=components)
+
+
+def _recorded_format(manifest: Mapping[str, Any]) -> Format | None:
+    """The format that a manifest records, with what no config says: the scale rule and the quality."""
+    try:
+        return Recipe.from_dict(manifest["recipe"]).format
+    except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def quantized_layers(component: Component, suffixes: tuple[str, ...]) -> set[str]:
@@ -112,8 +123,10 @@ def announced_format(component: Component) -> Format | None:
         return None
 
 
-def _summarize(component: Component) -> ComponentSummary:
+def _summarize(component: Component, made_as: Format | None = None) -> ComponentSummary:
     fmt = announced_format(component)
+    if fmt and made_as and made_as.config(()) == fmt.config(()):
+        fmt = made_as
     method = format_label(fmt) if fmt else quant_method(component)
     suffixes = tuple(fmt.suffixes) if fmt else ("weight", *_foreign_scales(component))
     quantized = quantized_layers(component, suffixes) if len(suffixes) > 1 else set()

@@ -242,6 +242,7 @@ def test_zeros_are_verified(tmp_path: Path, method: str) -> None:
 @pytest.mark.parametrize("kind", BALANCED)
 def test_searched_scales_are_verified_and_lose_less(qwen_image: Path, tmp_path: Path, kind: str) -> None:
     found = convert(qwen_image, tmp_path / "found", **chosen(kind))
+    assert "balanced" in inspect(tmp_path / "found").to_text()
     plain = convert(qwen_image, tmp_path / "plain", **chosen(kind.removesuffix(" balanced")))
     assert found.bytes_after == plain.bytes_after
     assert found.mean_sqnr_db >= plain.mean_sqnr_db + (0 if kind in ("fp8 balanced", "mxfp8 balanced") else 0.03)
