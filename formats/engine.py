@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from omni_convert.formats.base import NO_FACTS, Facts, Format, NonFinite
 from omni_convert.formats.errors import OmniConvertError
@@ -101,6 +101,50 @@ def reference_rows(
         power[:, 0] = np.square(weight, dtype=np.float64).sum(axis=1)
         power[:, 1] = np.square(weight.astype(np.float64) - values).sum(axis=1)
     return None
+
+
+class Rows:
+    """``quantize_rows`` and ``dequantize_rows`` of a format: by its kernels, or by its reference where they fail."""
+
+    def compiled_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
+        """``Format.quantize_rows`` by compiled kernels."""
+        raise NotImplementedError
+
+    def compiled_values(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        """``Format.dequantize_rows`` by compiled kernels."""
+        raise NotImplementedError
+
+    def quantize_rows(
+        self,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts = NO_FACTS,
+    ) -> NonFinite | None:
+        """See ``Format``."""
+        return first_working(
+            lambda: self.compiled_rows(bits, dtype, out, power, facts),
+            lambda: reference_rows(cast("Format", self), bits, dtype, out, power, facts),
+        )
+
+    def dequantize_rows(
+        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """See ``Format``."""
+        return first_working(
+            lambda: self.compiled_values(tensors, out),
+            lambda: reference_values(cast("Format", self), tensors, out),
+        )
 
 
 def amax(bits: NDArray[Any], dtype: str) -> np.float32:

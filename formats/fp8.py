@@ -40,7 +40,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import first_working, reference_rows, reference_values
+from omni_convert.formats.engine import Rows
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
@@ -57,7 +57,7 @@ CLIPS = 464.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fp8:
+class Fp8(Rows):
     """E4M3 with float32 scales. ``block_size``: (bn, bk), only with granularity ``block``, there 128 x 128."""
 
     granularity: str = "tensor"
@@ -182,25 +182,7 @@ class Fp8:
             result["input_scale"] = np.array([_known(facts.input_scale, "input_scale")], np.float32)
         return result
 
-    def quantize_rows(
-        self,
-        bits: NDArray[Any],
-        dtype: str,
-        out: Mapping[str, NDArray[Any]],
-        power: NDArray[np.float64] | None,
-        facts: Facts = NO_FACTS,
-    ) -> NonFinite | None:
-        return first_working(
-            lambda: self._compiled_rows(bits, dtype, out, power, facts),
-            lambda: reference_rows(self, bits, dtype, out, power, facts),
-        )
-
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
-        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
-
-    def _compiled_rows(
+    def compiled_rows(
         self,
         bits: NDArray[Any],
         dtype: str,
@@ -220,7 +202,7 @@ class Fp8:
         row = self._scaled_rows(stored, codes, out[self._scale_suffix], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def _compiled_values(
+    def compiled_values(
         self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         import numpy as np

@@ -34,7 +34,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import first_working, reference_rows, reference_values
+from omni_convert.formats.engine import Rows
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
 
@@ -49,7 +49,7 @@ NPU_ROWS = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
-class Int8:
+class Int8(Rows):
     """INT8 with one float32 scale per output channel."""
 
     quality: str = "fast"
@@ -110,25 +110,7 @@ class Int8:
     def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
         return {}
 
-    def quantize_rows(
-        self,
-        bits: NDArray[Any],
-        dtype: str,
-        out: Mapping[str, NDArray[Any]],
-        power: NDArray[np.float64] | None,
-        facts: Facts = NO_FACTS,
-    ) -> NonFinite | None:
-        return first_working(
-            lambda: self._compiled_rows(bits, dtype, out, power, facts),
-            lambda: reference_rows(self, bits, dtype, out, power, facts),
-        )
-
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
-        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
-
-    def _compiled_rows(
+    def compiled_rows(
         self,
         bits: NDArray[Any],
         dtype: str,
@@ -150,7 +132,7 @@ class Int8:
                 row = kernels.int8_codes(stored, codes, scale, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def _compiled_values(
+    def compiled_values(
         self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         import numpy as np

@@ -17,7 +17,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import first_working, reference_rows, reference_values
+from omni_convert.formats.engine import Rows
 from omni_convert.formats.errors import UsageError
 from omni_convert.formats.header import TensorSpec
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mx:
+class Mx(Rows):
     """Small floats with one power-of-two scale per 32 weights along K.
 
     ``element`` and ``scale_rule``: see ``microscaling``. ``settings``: further keys of ``quantization_config``.
@@ -104,25 +104,7 @@ class Mx:
     def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
         return {}
 
-    def quantize_rows(
-        self,
-        bits: NDArray[Any],
-        dtype: str,
-        out: Mapping[str, NDArray[Any]],
-        power: NDArray[np.float64] | None,
-        facts: Facts = NO_FACTS,
-    ) -> NonFinite | None:
-        return first_working(
-            lambda: self._compiled_rows(bits, dtype, out, power, facts),
-            lambda: reference_rows(self, bits, dtype, out, power, facts),
-        )
-
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
-        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
-
-    def _compiled_rows(
+    def compiled_rows(
         self,
         bits: NDArray[Any],
         dtype: str,
@@ -144,7 +126,7 @@ class Mx:
             row = mx_kernels.mx_rows(stored, out["weight"], scale, power, self._element, rule)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def _compiled_values(
+    def compiled_values(
         self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         import numpy as np

@@ -33,7 +33,7 @@ from omni_convert.formats.base import (
     stack_experts,
     unstack_experts,
 )
-from omni_convert.formats.engine import first_working, reference_rows, reference_values
+from omni_convert.formats.engine import Rows
 from omni_convert.formats.header import TensorSpec
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ GROUP = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mxfp4DualScale:
+class Mxfp4DualScale(Rows):
     """E2M1 elements, a power-of-two scale per 32 and a float32 scale per 512."""
 
     quality: str = "fast"
@@ -129,25 +129,7 @@ class Mxfp4DualScale:
 
         return {"mul_scale": np.ones(shape[1], np.float32)}
 
-    def quantize_rows(
-        self,
-        bits: NDArray[Any],
-        dtype: str,
-        out: Mapping[str, NDArray[Any]],
-        power: NDArray[np.float64] | None,
-        facts: Facts = NO_FACTS,
-    ) -> NonFinite | None:
-        return first_working(
-            lambda: self._compiled_rows(bits, dtype, out, power, facts),
-            lambda: reference_rows(self, bits, dtype, out, power, facts),
-        )
-
-    def dequantize_rows(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None = None
-    ) -> NDArray[np.float32]:
-        return first_working(lambda: self._compiled_values(tensors, out), lambda: reference_values(self, tensors, out))
-
-    def _compiled_rows(
+    def compiled_rows(
         self,
         bits: NDArray[Any],
         dtype: str,
@@ -170,7 +152,7 @@ class Mxfp4DualScale:
                 row = dual_kernels.dual_codes(stored, codes, fine, coarse, power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def _compiled_values(
+    def compiled_values(
         self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         import numpy as np
