@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,24 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A source. ``components`` have open headers; ``others`` maps the remaining files (relative) to their sizes."""
+    """A source. ``components`` have open headers; ``others`` maps the remaining files (relative) to their sizes.
+
+    ``pipeline_class``: as ``model_index.json`` names it.
+    """
 
     root: Path
     kind: str  # "pipeline", "model" or "file"
     components: tuple[Component, ...]
     others: Mapping[str, int]
     left_out: Mapping[str, str]
+    pipeline_class: str | None = None
+
+    def component_config(self, name: str) -> Mapping[str, Any] | None:
+        """The config of any component of a pipeline, opened or not; None if it has none."""
+        opened = {component.name: component.config for component in self.components}
+        if name in opened or f"{name}/{CONFIG_NAME}" not in self.others:
+            return opened.get(name)
+        return read_json(self.root / name / CONFIG_NAME)
 
 
 def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
@@ -89,7 +100,8 @@ def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
     if (path / PIPELINE_INDEX).is_file():
         names = _pipeline_components(path, components)
         opened = tuple(open_component(path, name) for name in names)
-        return _with_other_files(path, "pipeline", opened)
+        class_name = read_json(path / PIPELINE_INDEX).get("_class_name")
+        return replace(_with_other_files(path, "pipeline", opened), pipeline_class=str(class_name))
     _refuse_components(path, components)
     component = open_component(path, "")
     if component.config is None:

@@ -17,6 +17,7 @@ from omni_convert import __version__
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
 _EPILOG = """\b
 Examples:
@@ -24,6 +25,7 @@ Examples:
   omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
   omni-convert --method fp8 --granularity channel --quality balanced model/ out/
   omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
+  omni-convert models
   omni-convert inspect out/
   omni-convert verify out/ --source model/
 """
@@ -144,6 +146,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
     help="Keep matching layers: part of a name, glob over the whole name, or re:REGEX. Repeatable.",
 )
 @click.option(
+    "--no-default-ignore",
+    is_flag=True,
+    help="Also quantize layers that are kept by default because the method costs the model too much there.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(list(TARGETS)),
+    default=DEFAULT_TARGET,
+    show_default=True,
+    help="The engine that is to load OUT; 'omni-convert models' shows what each can load.",
+)
+@click.option(
     "--component",
     "components",
     multiple=True,
@@ -159,7 +173,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 def convert(
     model: Path, out: Path, method: str, granularity: str | None, block_size: str | None,
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str,
-    ignore: tuple[str, ...], components: tuple[str, ...], dry_run: bool,
+    ignore: tuple[str, ...], no_default_ignore: bool, target: str, components: tuple[str, ...], dry_run: bool,
     link: bool, overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
@@ -172,7 +186,10 @@ def convert(
         model, method=method, granularity=granularity, block_size=parse_block_size(block_size) if block_size else None,
         activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality, ignore=ignore,
         components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
+        target=target, default_ignore=not no_default_ignore,
     )  # fmt: skip
+    for warning in planned.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     if planned.recipe.format.quality != "fast" and not planned.recipe.format.is_searched:
         label = format_label(planned.recipe.format)
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
@@ -187,6 +204,15 @@ def convert(
         started=started,
     )  # fmt: skip
     _print(report.to_dict() if as_json else show.report_text(report))
+
+
+@main.command(short_help="Show which models each target can load, with which methods.")
+@_json_option
+def models(as_json: bool) -> None:
+    """Show which models each target is known to load, with which methods, and what it keeps by default."""
+    from omni_convert.converter.models import models_dict, models_text
+
+    _print(models_dict() if as_json else models_text())
 
 
 @main.command(short_help="Show what is in a checkpoint, quantized or not (headers only).")

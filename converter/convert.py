@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a conversion did. Bytes are tensor bytes of the quantized components; ``sqnr_db`` is per layer."""
+    """What a conversion did. Bytes are tensor bytes of the quantized components; ``sqnr_db`` is per layer.
+
+    ``warnings``: what may keep the target from loading the result.
+    """
 
     out: Path
     method: str
@@ -48,6 +51,7 @@ class Report:
     gigabytes_per_second: float
     sqnr_db: dict[str, float]
     left_out: dict[str, str]
+    warnings: tuple[str, ...]
 
     @property
     def mean_sqnr_db(self) -> float:
@@ -97,7 +101,8 @@ def convert(
         choices: ``method``, the format; ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule`` and
             ``quality`` as ``formats.make_format`` takes them; ``ignore``, layers to keep: parts of names, globs over
             whole names, or ``re:`` regular expressions; ``components``: of a pipeline, what to quantize, default
-            the diffusion transformers; ``input_scales``: layer -> scale of its activations, for static ones.
+            the diffusion transformers; ``input_scales``: layer -> scale of its activations, for static ones;
+            ``target``: the engine that is to load ``out``; ``default_ignore``: whether what it keeps by default stays.
 
     Raises:
         OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
@@ -207,6 +212,7 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
             for (component, layer), error in outcome.errors.items()
         },
         left_out=dict(plan.checkpoint.left_out),
+        warnings=plan.warnings,
     )
 
 

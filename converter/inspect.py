@@ -14,7 +14,7 @@ from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_bytes, format_table
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import parse_config
+from omni_convert.formats.config import parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_json
 
@@ -105,7 +105,7 @@ def quantized_layers(component: Component, suffixes: tuple[str, ...]) -> set[str
 
 def quant_method(component: Component) -> str | None:
     """The method that a component's config announces."""
-    config = (component.config or {}).get("quantization_config")
+    config = stored_config(component.config)
     return str(config.get("quant_method")) if isinstance(config, dict) else None
 
 
@@ -118,7 +118,7 @@ def _foreign_scales(component: Component) -> list[str]:
 def announced_format(component: Component) -> Format | None:
     """The format that a component's config announces, if it is one of ours."""
     try:
-        return parse_config((component.config or {}).get("quantization_config")).format
+        return parse_config(stored_config(component.config)).format
     except OmniConvertError:
         return None
 

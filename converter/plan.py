@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.recipe import Pattern, Recipe, check_patterns, closest_names
-from omni_convert.formats.architectures import Architecture, find_architecture, guess_role
+from omni_convert.converter.decide import Decision, View, natural_key
+from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import exact_pattern
+from omni_convert.formats.config import exact_pattern, stored_config
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
-from omni_convert.formats.header import FLOAT_DTYPES, Header, StoredTensor, TensorSpec, aligned_order, encode_header
+from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
+from omni_convert.formats.target import names_of_encoder
 
 _QUANTIZED_NAME = re.compile(
     r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
@@ -26,20 +27,12 @@ _CODE_DTYPES = re.compile(r"^(I8|U8|F8_|F4|F6_)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What happens to one tensor: quantized to ``format``, or kept (None), and why."""
-
-    format: Format | None
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class TensorPlan:
     name: str
     source: StoredTensor
     decision: Decision
     group: str | None = None
-    """The name under which an engine fuses this layer with others."""
+    """The target's name of several layers, this one among them, that are quantized together."""
     input_scale: float | None = None
     """Of the layer's activations, recorded beforehand."""
 
@@ -85,8 +78,10 @@ class ComponentPlan:
     component: Component
     shards: tuple[ShardPlan, ...]
     format: Format
-    ignored_layers: tuple[str, ...]
     architecture: str | None
+    ignored_layers: tuple[str, ...] = ()
+    config_at: Sequence[str] = ()
+    """The object in ``config.json`` that takes ``quantization_config``."""
 
     def tensors(self) -> Iterator[TensorPlan]:
         for shard in self.shards:
@@ -95,8 +90,10 @@ class ComponentPlan:
     @property
     def config_bytes(self) -> bytes:
         """``config.json`` of the output: the source's keys in their order, then ``quantization_config``."""
-        config = dict(self.component.config or {})
-        config["quantization_config"] = self.format.config(self.ignored_layers)
+        config = part = dict(self.component.config or {})
+        for key in self.config_at:
+            part[key] = part = dict(part[key])
+        part["quantization_config"] = self.format.config(self.ignored_layers)
         return encode_json(config)
 
     @property
@@ -113,6 +110,8 @@ class Plan:
     checkpoint: Checkpoint
     recipe: Recipe
     components: tuple[ComponentPlan, ...]
+    warnings: tuple[str, ...] = ()
+    """What may keep the target from loading the result."""
 
     def tensors(self) -> Iterator[TensorPlan]:
         for component in self.components:
@@ -148,30 +147,98 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Decide every tensor.
 
     Raises:
-        UsageError: an ignore pattern matches nothing or splits a fused group.
+        UsageError: the target cannot load the format, an ignore pattern matches nothing or splits a fused group.
         OmniConvertError: the source is quantized already, or nothing in it can be quantized.
     """
     for component in checkpoint.components:
         _refuse_quantized(component)
-    engine_names = {name for c in checkpoint.components for name in _layer_names(c)}
-    check_patterns(recipe.ignore, sorted(engine_names))
-    _check_scale_names(checkpoint, recipe)
-    plan = Plan(
-        checkpoint=checkpoint,
-        recipe=recipe,
-        components=tuple(_plan_component(component, recipe) for component in checkpoint.components),
+    views = [View(component, recipe, checkpoint.pipeline_class) for component in checkpoint.components]
+    for view in views:
+        view.check_target()
+    check_patterns(recipe.ignore, sorted({name for view in views for name in view.names}))
+    _check_scale_names(views, recipe)
+    parts = [_plan_component(view) for view in views]
+    for part in parts:
+        _check_quantizes(part, checkpoint, recipe)
+    warnings = _warnings(views)
+    for place, view in enumerate(views):
+        encoder = _encoder_layers(view, checkpoint, parts)
+        if encoder is None:
+            warnings.append(_no_encoder(view))
+        parts[place] = _with_ignored(parts[place], view, encoder or ())
+    return Plan(checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings))
+
+
+def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> ComponentPlan:
+    """``part`` with the names of all that stays unquantized, of which the engine takes none for a quantized layer's."""
+    kept = [tensor.layer for tensor in part.tensors() if tensor.is_matrix and not tensor.decision.format]
+    names = {*view.engine_names(kept), *encoder}
+    if part.format.ignores_parts:
+        quantized = view.engine_names(tensor.layer for tensor in part.tensors() if tensor.decision.format)
+        text = "\n".join(quantized)
+        names = {exact_pattern(name) if name in text else name for name in names}
+    return replace(part, ignored_layers=tuple(sorted(names, key=natural_key)))
+
+
+def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    if any(tensor.decision.format for tensor in part.tensors()):
+        return
+    where = part.component.name or checkpoint.root.name
+    found = f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
+    if recipe.ignore:
+        raise UsageError(f"{found} with these --ignore patterns. Ignore less.")
+    by_default = any(tensor.decision.reason.startswith("kept by default") for tensor in part.tensors())
+    remedy = "Use --no-default-ignore" if by_default else "Leave this component as it is"
+    raise OmniConvertError(
+        f"{found}, expected linear weights that {recipe.method} can hold ({_reasons(part)}). {remedy}."
     )
-    for part in plan.components:
-        if not any(tensor.decision.format for tensor in part.tensors()):
-            where = part.component.name or checkpoint.root.name
-            found = f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
-            if recipe.ignore:
-                raise UsageError(f"{found} with these --ignore patterns. Ignore less.")
-            raise OmniConvertError(
-                f"{found}, expected linear weights that {recipe.method} can hold ({_reasons(part)}). "
-                "Leave this component as it is."
-            )
-    return plan
+
+
+def _warnings(views: Sequence[View]) -> list[str]:
+    """What is not known of the target, and on what condition it loads the result."""
+    unknown = [view for view in views if not view.target.knows(view.table)]
+    warnings = []
+    if unknown:
+        title = unknown[0].target.title
+        classes = ", ".join(dict.fromkeys(printable(view.component.class_name) for view in unknown))
+        warnings.append(
+            f"it is not known which layers {title} can run quantized (class: {classes}), so it may not load the "
+            "result. 'omni-convert models' lists what is known; --dry-run shows the layers."
+        )
+    rules = [rule for view in views for rule in view.target.cautions if rule.holds(view.architecture, view.kind)]
+    return warnings + [f"{rule.reason}." for rule in dict.fromkeys(rules)]
+
+
+def _encoder_layers(view: View, checkpoint: Checkpoint, parts: Sequence[ComponentPlan]) -> set[str] | None:
+    """The linears of a text encoder that the target builds with this component's config, unless they are quantized
+    too; None if the checkpoint lacks the encoder's config.
+
+    Raises:
+        OmniConvertError: that config does not say how many layers the encoder has.
+    """
+    encoder = view.table.text_encoder if view.table else None
+    if view.table is None or encoder is None:
+        return set()
+    config = checkpoint.component_config(encoder.component)
+    if config is None:
+        return None
+    try:
+        names = set(names_of_encoder(view.table, config))
+    except KeyError as error:
+        raise OmniConvertError(
+            f"{checkpoint.root / encoder.component / 'config.json'}: has no number of layers {error.args[0]}, expected "
+            f"one, because {view.target.title} builds this text encoder with the transformer's quantization_config. "
+            "The download is damaged: fetch it again."
+        ) from error
+    return names - {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
+
+
+def _no_encoder(view: View) -> str:
+    return (
+        f"{view.target.title} builds the text encoder of {view.architecture} with the transformer's "
+        "quantization_config, which must list the encoder's layers, and this source has no text encoder. Convert the "
+        "whole pipeline."
+    )
 
 
 def _reasons(part: ComponentPlan) -> str:
@@ -187,23 +254,12 @@ def encode_json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
-def _layer_names(component: Component) -> Iterator[str]:
-    """Checkpoint names of the weights, and the names that engines give to fused matrices."""
-    table = _find_table(component)
-    for name, _, _ in component.tensors():
-        if name.endswith(".weight"):
-            yield name.removesuffix(".weight")
-            group = table.group(name.removesuffix(".weight")) if table else None
-            if group:
-                yield group[0]
-
-
 def _refuse_quantized(component: Component) -> None:
     config = component.config or {}
     remedy = "Convert the original BF16 checkpoint instead (the repository it was made from)."
     for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            entry = config[key]
+        entry = stored_config(config, key)
+        if entry:
             method = entry.get("quant_method", entry.get("method")) if isinstance(entry, dict) else entry
             raise OmniConvertError(
                 f"{component.folder / 'config.json'}: the source is already quantized ({key} says {method!r}), "
@@ -218,17 +274,16 @@ def _refuse_quantized(component: Component) -> None:
             )
 
 
-def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
-    table = _find_table(component)
-    uneven = _uneven_groups(component, table, recipe.format)
+def _plan_component(view: View) -> ComponentPlan:
+    component, recipe = view.component, view.recipe
     shards = []
     for header in component.shards.headers:
         tensors = tuple(
             TensorPlan(
                 name=name,
                 source=tensor,
-                decision=_decide(name, tensor.spec, table, recipe, uneven),
-                group=_group_name(name, table),
+                decision=view.decide(name, tensor.spec),
+                group=view.group(name),
                 input_scale=_input_scale(name, component, recipe),
             )
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
@@ -237,62 +292,17 @@ def _plan_component(component: Component, recipe: Recipe) -> ComponentPlan:
         encoded = encode_header(layout, header.metadata or {"format": "pt"})
         shards.append(ShardPlan(source=header, tensors=tensors, layout=layout, header=encoded))
     all_tensors = [tensor for shard in shards for tensor in shard.tensors]
-    if table:
-        _check_groups(table, all_tensors)
+    weights = [tensor for tensor in all_tensors if tensor.name.endswith(".weight")]
+    view.check_together({tensor.layer: tensor.decision for tensor in weights})
     if recipe.input_scales:
         _check_input_scales(component, recipe, all_tensors)
     return ComponentPlan(
         component=component,
         shards=tuple(shards),
         format=recipe.format,
-        ignored_layers=_ignored_layers(all_tensors, recipe.format),
-        architecture=table.name if table else None,
+        architecture=view.architecture,
+        config_at=view.table.config_at if view.table else (),
     )
-
-
-def _find_table(component: Component) -> Architecture | None:
-    return find_architecture(component.config, [name.removesuffix(".weight") for name, _, _ in component.tensors()])
-
-
-def _group_name(name: str, table: Architecture | None) -> str | None:
-    group = table.group(name.removesuffix(".weight")) if table else None
-    return group[0] if group else None
-
-
-def _uneven_groups(component: Component, table: Architecture | None, fmt: Format) -> frozenset[str]:
-    """Fused matrices in which a block of rows would belong to two members: engines cannot cut a scale."""
-    uneven = set()
-    for name, tensor, _ in component.tensors():
-        group = table.group(name.removesuffix(".weight")) if table else None
-        is_last = group is not None and name == f"{group[1][-1]}.weight"
-        if group and not is_last and tensor.spec.shape[0] % fmt.rows_per_scale:
-            uneven.add(group[0])
-    return frozenset(uneven)
-
-
-def _decide(
-    name: str, spec: TensorSpec, table: Architecture | None, recipe: Recipe, uneven: Collection[str]
-) -> Decision:
-    def keep(reason: str) -> Decision:
-        return Decision(format=None, reason=reason)
-
-    layer = name.removesuffix(".weight")
-    if not name.endswith(".weight"):
-        return keep("not a weight")
-    if spec.dtype not in FLOAT_DTYPES:
-        return keep(f"{spec.dtype} is not BF16, F16 or F32")
-    if len(spec.shape) != 2:
-        return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
-    role = table.role(layer, recipe.method) if table else guess_role(layer)
-    if not role.is_linear:
-        return keep(role.reason)
-    for pattern in recipe.ignore:
-        if pattern.matches(_known_as(pattern, layer, table)):
-            return keep(f"--ignore {pattern}")
-    if _group_name(name, table) in uneven:
-        return keep(f"engines fuse it with others, and blocks of {recipe.format.rows_per_scale} rows would not fit")
-    refusal = recipe.format.refusal(spec.shape)
-    return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
 
 
 def _input_scale(name: str, component: Component, recipe: Recipe) -> float | None:
@@ -300,10 +310,10 @@ def _input_scale(name: str, component: Component, recipe: Recipe) -> float | Non
     return recipe.input_scales.get(f"{component.name}.{layer}", recipe.input_scales.get(layer))
 
 
-def _check_scale_names(checkpoint: Checkpoint, recipe: Recipe) -> None:
+def _check_scale_names(views: Sequence[View], recipe: Recipe) -> None:
     """Every recorded scale belongs to a layer."""
-    layers = {name for component in checkpoint.components for name in _layer_names(component)}
-    layers |= {f"{part.name}.{name}" for part in checkpoint.components for name in _layer_names(part)}
+    layers = {name for view in views for name in view.names}
+    layers |= {f"{view.component.name}.{name}" for view in views for name in view.names}
     for name in recipe.input_scales:
         if name not in layers:
             close = closest_names(name, layers)
@@ -321,53 +331,3 @@ def _check_input_scales(component: Component, recipe: Recipe, tensors: Sequence[
             f"first is {without[0]} (the file has {', '.join(close)}, ...). Record them, or keep these layers with "
             "--ignore."
         )
-
-
-def _known_as(pattern: Pattern, layer: str, table: Architecture | None) -> str:
-    """The name by which a pattern sees a layer: an engine's fused name if it means no member by its own name.
-
-    So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
-    """
-    group = table.group(layer) if table else None
-    if group is None or any(pattern.matches(member) for member in group[1]):
-        return layer
-    return group[0]
-
-
-def _check_groups(table: Architecture, tensors: Sequence[TensorPlan]) -> None:
-    """Engines run a fused group as one matrix: all of it is quantized, or none."""
-    decided = {tensor.layer: tensor.decision for tensor in tensors if tensor.name.endswith(".weight")}
-    for layer, decision in decided.items():
-        group = table.group(layer)
-        if group is None or decision.format is None:
-            continue
-        for member in group[1]:
-            if member in decided and decided[member].format is None:
-                raise UsageError(
-                    f"{member} is kept ({decided[member].reason}) but {layer} is not. Engines fuse both into "
-                    f"{group[0]}, which is quantized as a whole or not at all: "
-                    f"--ignore {group[0].rsplit('.', 1)[-1]}, or none of its parts."
-                )
-
-
-def _ignored_layers(tensors: Sequence[TensorPlan], fmt: Format) -> tuple[str, ...]:
-    """Every matrix that stays unquantized, by its checkpoint name and by the name of its fused group.
-
-    The config alone then tells a loader which linears to build quantized; names that match nothing do no harm.
-    """
-    names: set[str] = set()
-    for tensor in tensors:
-        if not tensor.decision.format and tensor.is_matrix:
-            names.add(tensor.layer)
-            if tensor.group:
-                names.add(tensor.group)
-    if fmt.ignores_parts:
-        quantized = [tensor.group or tensor.layer for tensor in tensors if tensor.decision.format]
-        quantized += [tensor.layer for tensor in tensors if tensor.decision.format]
-        names = {exact_pattern(name) if any(name in other for other in quantized) else name for name in names}
-    return tuple(sorted(names, key=natural_key))
-
-
-def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

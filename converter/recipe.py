@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 from omni_convert.formats import format_options, make_format
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
+from omni_convert.formats.target import DEFAULT_TARGET, find_target
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,19 @@ class Recipe:
     """One conversion: the format, the layers to keep, the pipeline components to quantize (empty: the default).
 
     ``input_scales``: the recorded scale of every layer's activations, by layer or ``component.layer`` (static
-    activations only).
+    activations only). ``target``: the engine that is to load the result. ``default_ignore``: whether layers that the
+    target keeps by default are kept.
     """
 
     format: Format
     ignore: tuple[Pattern, ...] = ()
     components: tuple[str, ...] = ()
     input_scales: Mapping[str, float] = field(default_factory=dict)
+    target: str = DEFAULT_TARGET
+    default_ignore: bool = True
 
     def __post_init__(self) -> None:
+        find_target(self.target)
         needed = "input_scale" in self.format.needs
         if needed and not self.input_scales:
             raise UsageError(
@@ -92,6 +97,8 @@ class Recipe:
             "options": format_options(self.format),
             "ignore": [str(pattern) for pattern in self.ignore],
             "components": list(self.components),
+            "target": self.target,
+            "default_ignore": self.default_ignore,
             **({"input_scales": dict(self.input_scales)} if self.input_scales else {}),
         }
 
@@ -106,6 +113,8 @@ class Recipe:
             ignore=tuple(map(Pattern, data["ignore"])),
             components=tuple(data["components"]),
             input_scales=data.get("input_scales", {}),
+            target=data.get("target", DEFAULT_TARGET),
+            default_ignore=data.get("default_ignore", True),
         )
 
 
@@ -124,6 +133,8 @@ class Choices(_Method, total=False):
     ignore: Sequence[str]
     components: Sequence[str]
     input_scales: Mapping[str, float] | None
+    target: str
+    default_ignore: bool
 
 
 def make_recipe(
@@ -131,6 +142,8 @@ def make_recipe(
     ignore: Sequence[str] = (),
     components: Sequence[str] = (),
     input_scales: Mapping[str, float] | None = None,
+    target: str = DEFAULT_TARGET,
+    default_ignore: bool = True,
     **options: Any,
 ) -> Recipe:
     """A recipe from plain values; ``options`` as ``make_format`` takes them."""
@@ -139,6 +152,8 @@ def make_recipe(
         ignore=tuple(map(Pattern, ignore)),
         components=tuple(components),
         input_scales=input_scales or {},
+        target=target,
+        default_ignore=default_ignore,
     )
 
 

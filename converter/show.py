@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni_convert.converter.convert import Report
-from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan, natural_key
+from omni_convert.converter.decide import natural_key
+from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan
 from omni_convert.converter.tables import format_bytes, format_db, format_table, layer_patterns
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import printable
+from omni_convert.formats.target import find_target
+
+_NO_TABLE = "no table for this class: by name and shape"
 
 
 @dataclass
@@ -51,6 +55,7 @@ def plan_text(plan: Plan, memory: int, disk: int) -> str:
     """The plan as ``--dry-run`` prints it. ``memory`` and ``disk`` in bytes."""
     blocks = [_component_text(plan, part) for part in plan.components]
     summary = [
+        ["to be loaded by", find_target(plan.recipe.target).title],
         ["quantized components", f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"],
         ["bits per weight", f"{plan.bits_per_weight:.2f}"],
         ["copied unchanged", f"{format_bytes(plan.bytes_copied)} in {_plural(len(plan.checkpoint.others), 'file')}"],
@@ -76,6 +81,7 @@ def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
         "disk_needed": disk,
         "copied": dict(plan.checkpoint.others),
         "left_out": dict(plan.checkpoint.left_out),
+        "warnings": list(plan.warnings),
     }
 
 
@@ -105,7 +111,8 @@ def _component_text(plan: Plan, part: ComponentPlan) -> str:
     for group in groups:
         sizes = (format_bytes(group.bytes_before), format_bytes(group.bytes_after))
         rows.append([group.pattern, str(group.count), group.action, *sizes, letters[group.why]])
-    known = f"table for {part.architecture}" if part.architecture else "no table for this class: by name and shape"
+    guessed = "by name and shape" if find_target(plan.recipe.target).architectures is None else _NO_TABLE
+    known = f"table for {part.architecture}" if part.architecture else guessed
     name = part.component.name or plan.checkpoint.root.name
     title = f"{name}: {part.component.class_name}, {_plural(len(part.shards), 'shard')} ({known})"
     notes = "\n".join(f"{letter}: {printable(reason)}" for reason, letter in letters.items())

@@ -23,7 +23,7 @@ from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
 from omni_convert.converter.values import value_problems
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
@@ -193,7 +193,7 @@ def _check_component(component: Component, recipe: Recipe, decisions: Mapping[st
     fmt = recipe.format
     where = f"{component.relative('config.json')}: quantization_config"
     try:
-        config = parse_config((component.config or {}).get("quantization_config"), where)
+        config = parse_config(stored_config(component.config), where)
         found, expected = config.format.config(()), fmt.config(())
         if found != expected:
             raise OmniConvertError(f"{where}: announces {found}, expected {expected} as in the manifest's recipe.")

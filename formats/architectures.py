@@ -1,14 +1,14 @@
-"""Which weights are linears that an engine can run quantized: facts per model class, and a heuristic for the rest.
+"""Which weights are linears that an engine can run quantized: how a model class is described, and a heuristic.
 
-A table lists layer names as they stand in the checkpoint, ``N`` for a number. Layers that an engine fuses into
-one matrix form a group: they are quantized or kept together, and the engine knows them by the group's name.
-Source of the tables: vLLM-Omni 0.30 model classes, traced through its own loader.
+A description lists layer names as they stand in the checkpoint, with ``N`` for a number, and what the engine calls
+them where that differs. The descriptions themselves are in the ``tables_*`` files; ``target`` says which engine each
+belongs to.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
@@ -22,98 +22,136 @@ class Role(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The quantizable linears of one model class.
+class Block:
+    """Linears below a repeated prefix.
 
-    ``blocks``: prefixes of repeated blocks. ``linears``: layer names below a block. ``fused``: engine name of a
-    fused matrix below a block -> its member layers. ``sensitive``: method -> layers below a block that cost so much
-    quality with that method that they stay unquantized.
+    ``linears``: layer names that the engine builds as they are. ``fused``: name of a matrix that the engine makes of
+    several layers -> those layers. ``renamed``: layer or fused matrix -> the name by which the engine decides about
+    its quantization, where that is another; layers that share one are quantized or kept together. ``methods``: with
+    which these linears are quantized; empty: with any.
+    """
+
+    prefixes: Sequence[str]
+    linears: Sequence[str] = ()
+    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    methods: Sequence[str] = ()
+
+    @cached_property
+    def group_of(self) -> Mapping[str, str]:
+        """Layer -> the fused matrix that it is part of."""
+        return {member: group for group, members in self.fused.items() for member in members}
+
+    @cached_property
+    def members(self) -> frozenset[str]:
+        """Every layer that may be quantized."""
+        return frozenset((*self.linears, *self.group_of))
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        prefixes = "|".join(_NUMBER_SIGN.sub(r"\\d+", re.escape(prefix)) for prefix in self.prefixes)
+        return re.compile(rf"({prefixes})\.(.+)")
+
+
+class _Place(NamedTuple):
+    """A layer in a block: the prefix with its numbers, the name below it as the table writes it, and its numbers."""
+
+    block: Block
+    prefix: str
+    name: str
+    numbers: Sequence[str]
+
+    def filled(self, name: str) -> str:
+        """``name`` of the table below the same prefix, with the same numbers."""
+        numbers = iter(self.numbers)
+        return f"{self.prefix}.{_NUMBER_SIGN.sub(lambda _: next(numbers), name)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoder:
+    """A text encoder that the engine builds with the transformer's quantization config.
+
+    ``layers``: what the engine calls its linears. ``count``: the key of its config that says how many ``N`` there are.
+    """
+
+    component: str
+    layers: Sequence[str]
+    count: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One model class as one engine sees it, and how to know it.
+
+    ``classes``: diffusers' ``_class_name`` or transformers' ``model_type``. ``pipelines`` and ``config`` tell variants
+    of a class apart: the pipeline's class, and values in the model's config. ``unique``: no other class has these
+    layer names, so that weights without a config are known by them. ``runtime_prefix``: what a checkpoint's names
+    begin with, and what the engine puts there. ``config_at``: the object in config.json that takes
+    ``quantization_config``. ``traced``: the names were traced through the engine's own loader, not only read.
     """
 
     name: str
-    blocks: Sequence[str]
-    linears: Sequence[str] = ()
-    fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    sensitive: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        members = [*self.linears, *(name for group in self.fused.values() for name in group)]
-        return re.compile(f"(?P<block>{_alternatives(self.blocks)})\\.(?P<layer>{_alternatives(members)})")
-
-    @cached_property
-    def _group_of(self) -> Mapping[str, str]:
-        return {member: group for group, members in self.fused.items() for member in members}
+    classes: Sequence[str]
+    blocks: Sequence[Block] = ()
+    pipelines: Sequence[str] = ()
+    config: Mapping[str, object] = field(default_factory=dict)
+    unique: bool = False
+    runtime_prefix: tuple[str, str] = ("", "")
+    config_at: Sequence[str] = ()
+    text_encoder: TextEncoder | None = None
+    traced: bool = True
 
     def role(self, layer: str, method: str) -> Role:
-        match = self._pattern.fullmatch(layer)
-        if not match:
-            return Role(False, f"not a quantizable linear of {self.name}")
-        if match["layer"] in self.sensitive.get(method, ()):
-            return Role(False, f"{method} costs {self.name} too much quality here")
-        return Role(True, f"linear of {self.name}")
+        for place in self._places(layer):
+            if place.name in place.block.members and (not place.block.methods or method in place.block.methods):
+                return Role(True, f"linear of {self.name}")
+        return Role(False, f"not a quantizable linear of {self.name}")
+
+    def is_class(self, config: Mapping[str, object], pipeline: str | None) -> bool:
+        """Whether a model's config and its pipeline's class are of this variant."""
+        names = (config.get("_class_name"), config.get("model_type"))
+        return (
+            any(isinstance(name, str) and name in self.classes for name in names)
+            and (not self.pipelines or pipeline in self.pipelines)
+            and all(config.get(key) == value for key, value in self.config.items())
+        )
 
     def describes(self, layers: Collection[str]) -> bool:
-        """Whether every linear of the table occurs in some block."""
-        found = {match["layer"] for match in map(self._pattern.fullmatch, layers) if match}
-        return bool(found) and found.issuperset((*self.linears, *self._group_of))
+        """Whether no other class has these names, and every linear of the table occurs in some block."""
+        found = {place.name for layer in layers for place in self._places(layer)}
+        return self.unique and all(found.issuperset(block.members) for block in self.blocks)
 
     def group(self, layer: str) -> tuple[str, tuple[str, ...]] | None:
-        """Engine name and member layers of the fused matrix that ``layer`` is part of."""
-        match = self._pattern.fullmatch(layer)
-        group = self._group_of.get(match["layer"]) if match else None
-        if match is None or group is None:
-            return None
-        block = match["block"]
-        return f"{block}.{group}", tuple(f"{block}.{member}" for member in self.fused[group])
+        """The fused matrix that ``layer`` is part of, below the checkpoint's prefix, and its member layers."""
+        for place in self._places(layer):
+            group = place.block.group_of.get(place.name)
+            if group:
+                return place.filled(group), tuple(map(place.filled, place.block.fused[group]))
+        return None
+
+    def runtime_name(self, layer: str) -> str:
+        """What the engine calls the layer, or the fused matrix that it is part of: names in ``ignored_layers``."""
+        name = layer
+        for place in self._places(layer):
+            group = place.block.group_of.get(place.name, place.name)
+            if group in place.block.renamed or place.name in place.block.members:
+                name = place.filled(place.block.renamed.get(group, group))
+                break
+        found, put = self.runtime_prefix
+        return put + name.removeprefix(found) if name.startswith(found) else name
+
+    def _places(self, layer: str) -> Iterator[_Place]:
+        for block in self.blocks:
+            match = block.pattern.fullmatch(layer)
+            if match:
+                name = match[2]
+                if name not in block.members and name not in block.renamed:
+                    name = _NUMBER.sub("N", name)
+                yield _Place(block, match[1], name, _NUMBER.findall(match[2]))
 
 
-def _alternatives(names: Sequence[str]) -> str:
-    return "|".join(re.escape(name).replace("N", r"\d+") for name in names)
-
-
-_QKV = ("to_q", "to_k", "to_v")
-
-_TABLES = (
-    Architecture(
-        name="QwenImageTransformer2DModel",
-        blocks=("transformer_blocks.N",),
-        linears=(
-            "attn.to_out.0", "attn.to_add_out",
-            "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
-        ),
-        fused={
-            "attn.to_qkv": tuple(f"attn.{name}" for name in _QKV),
-            "attn.add_kv_proj": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-        },
-    ),
-    Architecture(
-        name="ZImageTransformer2DModel",
-        blocks=("layers.N", "noise_refiner.N", "context_refiner.N"),
-        linears=("attention.to_out.0", "feed_forward.w2"),
-        fused={
-            "attention.to_qkv": tuple(f"attention.{name}" for name in _QKV),
-            "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
-        },
-    ),
-    Architecture(
-        name="BERT",
-        blocks=("encoder.layer.N", "bert.encoder.layer.N"),
-        linears=(
-            "attention.self.query", "attention.self.key", "attention.self.value",
-            "attention.output.dense", "intermediate.dense", "output.dense",
-        ),
-        # Value projections read a normalized stream with a few large channels. With int8 activations there, 25 of 30
-        # everyday sentences keep a cosine of 0.995 to MiniLM's float32 embeddings; without, all 30 (but not all
-        # single words: "Thanks!" has 0.984).
-        sensitive={"int8": ("attention.self.value",)},
-    ),
-    # Its linears are Conv1D modules, which store (in, out): scales would run along the wrong axis.
-    Architecture(name="GPT-2", blocks=()),
-)  # fmt: skip
-
-ARCHITECTURES: Mapping[str, Architecture] = {table.name: table for table in _TABLES}
-"""Every known model class by the name that its config gives it."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER_SIGN = re.compile(r"(?<![^.])N(?![^.])")
 
 _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
     (
@@ -130,18 +168,6 @@ _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
     ("output-head", re.compile(r"^(proj_out|final_layer|final_linear|output|out_proj|out)(\.|$)")),
     ("input-projection", re.compile(r"^(\w+_in|proj_in)(\.|$)")),
 )
-
-
-_MODEL_TYPES = {"bert": "BERT", "gpt2": "GPT-2", "openai-gpt": "GPT-2"}
-
-
-def find_architecture(config: Mapping[str, object] | None, layers: Collection[str]) -> Architecture | None:
-    """The table for a component: by diffusers' ``_class_name`` or transformers' ``model_type`` in its config, or, for
-    weights without a config, the table whose every linear is among ``layers``."""
-    if config is None:
-        return next((table for table in _TABLES if table.describes(layers)), None)
-    name = _MODEL_TYPES.get(str(config.get("model_type"))) or str(config.get("_class_name"))
-    return ARCHITECTURES.get(name)
 
 
 def guess_role(layer: str) -> Role:

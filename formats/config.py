@@ -26,6 +26,17 @@ class QuantizationConfig:
         return self.format.config(self.ignored_layers)
 
 
+def stored_config(config: Mapping[str, Any] | None, key: str = "quantization_config") -> Any:
+    """The quantization config in a model's config or in a part of it (``thinker_config``); None if there is none."""
+    parts = [config] if config else []
+    while parts:
+        part = parts.pop(0)
+        if part.get(key):
+            return part[key]
+        parts += [value for name, value in part.items() if name.endswith("_config") and isinstance(value, Mapping)]
+    return config.get(key) if config else None
+
+
 def parse_config(data: object, where: str = "quantization_config") -> QuantizationConfig:
     """Read a ``quantization_config`` that announces one of our formats, already quantized on disk.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
 from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
@@ -50,7 +50,7 @@ def read_component(path: Path) -> Component:
         )
     config = read_json(config_path)
     tensors = {name: tensor.spec for name, tensor, _ in read_shards(path).tensors()}
-    announced = config.get("quantization_config")
+    announced = stored_config(config)
     quantization = None
     if announced is not None:
         if not isinstance(announced, dict):

@@ -158,7 +158,7 @@ def test_failure_exits_with_1(omni_convert: Command, tmp_path: Path) -> None:
     weight = random(4, 4)
     weight.bits[2, 1] = 0x7FC0
     source = write_model(tmp_path / "model", {}, {"a.weight": weight})
-    message = omni_convert.fails(1, "--method", "int8", source, tmp_path / "out")
+    message = omni_convert.fails(1, "--method", "int8", "--target", "omni-convert", source, tmp_path / "out")
     assert message.startswith("Error: ")
     assert message.count("\n") == 1
     assert "row 2, column 1" in message
@@ -174,7 +174,7 @@ def test_absent_path(omni_convert: Command, tmp_path: Path, command: list[str]) 
 def test_formats_have_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
     result = omni_convert("--method", "fp8", "--block-size", "4x32", source, tmp_path / "out")
     assert result.code == 0
-    assert "24 to fp8 (block 4x32)" in result.stdout
+    assert "20 to fp8 (block 4x32)" in result.stdout
     assert "fp8 (block 4x32)" in omni_convert("inspect", tmp_path / "out").stdout
     model = write_model(tmp_path / "other", {}, {"a.weight": random(2, 64)})
     result = omni_convert("--method", "mxfp8", "--scale-rule", "floor", "--dry-run", model, tmp_path / "none")
@@ -278,3 +278,35 @@ def test_console_script(source: Path, tmp_path: Path) -> None:
     result = subprocess.run([script, "inspect", tmp_path / "absent"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: ")
+
+
+def test_models(omni_convert: Command) -> None:
+    result = omni_convert("models")
+    assert (result.code, result.stderr) == (0, "")
+    assert "Qwen-Image" in result.stdout
+    assert "vllm-omni" in json.loads(omni_convert("models", "--json").stdout)
+
+
+def test_target_and_its_defaults(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    def layers(*options: str) -> int:
+        result = omni_convert("--json", *options, source, tmp_path / "out", "--overwrite")
+        assert (result.code, result.stderr) == (0, "")
+        layers: int = json.loads(result.stdout)["layers"]
+        return layers
+
+    assert layers("--method", "fp8") == 20
+    assert layers("--method", "fp8", "--no-default-ignore") == 24
+    assert layers("--method", "int8", "--target", "omni-convert") == 24
+    assert json.loads((tmp_path / "out" / "omni_convert.json").read_text())["recipe"]["target"] == "omni-convert"
+    message = omni_convert.fails(2, "--method", "fp8", "--target", "omni-convert", source, tmp_path / "none")
+    assert "omni_convert.load cannot load it" in message
+    assert "--target vllm-omni" in message
+
+
+def test_warning_goes_to_stderr(omni_convert: Command, tmp_path: Path) -> None:
+    result = omni_convert("--method", "int8", "--json", write_model(tmp_path / "model"), tmp_path / "out")
+    assert result.stderr.startswith(
+        "Warning: it is not known which layers vLLM-Omni can run quantized (class: SomeTransformer2DModel)"
+    )
+    assert result.stderr.count("\n") == 1
+    assert result.stderr == f"Warning: {json.loads(result.stdout)['warnings'][0]}\n"

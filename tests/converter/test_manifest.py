@@ -34,6 +34,8 @@ def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
         "options": {"quality": "fast"},
         "ignore": ["txt_mlp", "*.attn.to_out.0"],
         "components": [],
+        "target": "vllm-omni",
+        "default_ignore": True,
     }
     written = {name: digest for name, digest in snapshot(out).items() if digest and name != "omni_convert.json"}
     assert manifest["files"] == {
@@ -54,7 +56,7 @@ def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
 def test_decision_for_every_tensor(conversion: tuple[Path, Path, bool]) -> None:
     source, out, _ = conversion
     (component,) = read_json(out / "omni_convert.json")["components"].values()
-    assert (component["class"], component["architecture"]) == ("QwenImageTransformer2DModel",) * 2
+    assert (component["class"], component["architecture"]) == ("QwenImageTransformer2DModel", "Qwen-Image")
     names = {name for path in (source / "transformer").glob("*-of-*") for name in read_header(path).tensors}
     assert component["tensors"].keys() == names
     block = "transformer_blocks.0"
@@ -62,7 +64,7 @@ def test_decision_for_every_tensor(conversion: tuple[Path, Path, bool]) -> None:
     assert entries[f"{block}.txt_mlp.net.2.weight"] == {"action": "keep", "why": "--ignore txt_mlp"}
     assert entries[f"{block}.attn.to_out.0.weight"] == {"action": "keep", "why": "--ignore *.attn.to_out.0"}
     quantized = entries[f"{block}.img_mlp.net.2.weight"]
-    assert (quantized["action"], quantized["why"]) == ("int8", "linear of QwenImageTransformer2DModel")
+    assert (quantized["action"], quantized["why"]) == ("int8", "linear of Qwen-Image")
     assert 30 < quantized["sqnr_db"] < 60
 
 

@@ -24,7 +24,8 @@ from hostile.small import (
 )
 
 from omni_convert.converter.convert import needs, plan
-from omni_convert.converter.plan import Plan, natural_key
+from omni_convert.converter.decide import natural_key
+from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
 
@@ -63,11 +64,11 @@ def test_known_class_follows_its_table(qwen: Path) -> None:
     planned = plan_int8(qwen)
     assert len(quantized(planned)) == 2 * 12
     reasons = kept(planned)
-    assert reasons["img_in.weight"] == "not a quantizable linear of QwenImageTransformer2DModel"
+    assert reasons["img_in.weight"] == "not a quantizable linear of Qwen-Image"
     assert "transformer_blocks.0.img_mod.1.weight" in reasons
     assert reasons["transformer_blocks.0.attn.to_q.bias"] == "not a weight"
     assert {tensor.decision.reason for tensor in planned.tensors() if tensor.decision.format} == {
-        "linear of QwenImageTransformer2DModel"
+        "linear of Qwen-Image"
     }
     assert planned.components[0].ignored_layers == (
         "img_in",
@@ -273,13 +274,13 @@ def test_component_that_is_listed_and_absent_is_an_incomplete_download(pipeline:
 def test_single_file_takes_the_config_beside_it(qwen_file: Path) -> None:
     (part,) = plan_int8(qwen_file).components
     assert part.component.class_name == "QwenImageTransformer2DModel"
-    assert part.architecture == "QwenImageTransformer2DModel"
+    assert part.architecture == "Qwen-Image"
 
 
 def test_single_file_of_any_name_is_known_by_its_tensors(qwen_file: Path) -> None:
     (part,) = plan_int8(qwen_file.rename(qwen_file.with_name("qwen.safetensors"))).components
     assert part.component.config is None
-    assert part.architecture == "QwenImageTransformer2DModel"
+    assert part.architecture == "Qwen-Image"
     assert not {tensor.layer for tensor in part.tensors() if tensor.decision.format and "_mod" in tensor.layer}
 
 

@@ -49,10 +49,10 @@ def test_text_holds_the_facts(planned: Plan) -> None:
     for part in (
         "transformer: QwenImageTransformer2DModel",
         "transformer_2: QwenImageTransformer2DModel",
-        "table for QwenImageTransformer2DModel",
+        "table for Qwen-Image",
         "transformer_blocks.*.attn.to_q",
         "--ignore img_mlp",
-        "not a quantizable linear of QwenImageTransformer2DModel",
+        "not a quantizable linear of Qwen-Image",
         f"{format_bytes(planned.bytes_before)} -> {format_bytes(planned.bytes_after)}",
         f"{planned.bits_per_weight:.2f}",
         f"{format_bytes(planned.bytes_copied)} in {len(planned.checkpoint.others)} files",
@@ -66,6 +66,10 @@ def test_text_of_an_unknown_class_says_so(tmp_path: Path) -> None:
     text = plan_text(plan(write_model(tmp_path / "model"), method="int8"), 0, 0)
     assert "SomeTransformer2DModel" in text
     assert "no table for this class" in text
+    assert "to be loaded by       vLLM-Omni" in text
+    other = plan_text(plan(tmp_path / "model", method="int8", target="omni-convert"), 0, 0)
+    assert "(by name and shape)" in other
+    assert "to be loaded by       omni_convert.load" in other
     assert "2-D weight with no other role in its name" in text
 
 
@@ -80,7 +84,7 @@ def test_data_holds_the_same_facts(planned: Plan) -> None:
     assert part["tensors"].keys() == {tensor.name for tensor in planned.components[0].tensors()}
     assert part["tensors"]["transformer_blocks.0.attn.to_q.weight"] == {
         "action": "int8",
-        "why": "linear of QwenImageTransformer2DModel",
+        "why": "linear of Qwen-Image",
         "dtype": "BF16",
         "shape": [16, 16],
         "bytes_before": 512,

@@ -5,28 +5,64 @@ from __future__ import annotations
 import pytest
 from hostile.small import read_weights
 
-from omni_convert.formats.architectures import ARCHITECTURES, Architecture, find_architecture, guess_role
+from omni_convert.formats.architectures import Architecture, guess_role
+from omni_convert.formats.tables_diffusion import DIFFUSION_TABLES
+from omni_convert.formats.tables_omni import OMNI_TABLES, OWN_TABLES
+from omni_convert.formats.target import TARGETS
 
-QWEN, Z_IMAGE, BERT = (
-    ARCHITECTURES[name] for name in ("QwenImageTransformer2DModel", "ZImageTransformer2DModel", "BERT")
-)
+TABLES = {table.name: table for table in (*DIFFUSION_TABLES, *OMNI_TABLES, *OWN_TABLES)}
+QWEN, Z_IMAGE, BERT, FLUX2_DEV, FLUX2_KLEIN, WAN, WAN_5B, BAGEL, HUNYUAN, QWEN3_OMNI, QWEN3_TTS = (
+    TABLES[name]
+    for name in (
+        "Qwen-Image", "Z-Image", "BERT", "FLUX.2-dev", "FLUX.2-klein", "Wan", "Wan TI2V-5B", "BAGEL",
+        "HunyuanImage-3.0", "Qwen3-Omni", "Qwen3-TTS",
+    )
+)  # fmt: skip
+VLLM_OMNI = TARGETS["vllm-omni"]
 
 
 @pytest.mark.parametrize(
-    ("config", "expected"),
+    ("config", "pipeline", "expected"),
     [
-        ({"_class_name": "QwenImageTransformer2DModel"}, QWEN),
-        ({"_class_name": "ZImageTransformer2DModel"}, Z_IMAGE),
-        ({"model_type": "bert", "architectures": ["BertModel"]}, BERT),
-        ({"_class_name": "BertModel"}, None),
-        ({"model_type": "roberta"}, None),
-        ({"_class_name": ["QwenImageTransformer2DModel"]}, None),
-        ({}, None),
+        ({"_class_name": "QwenImageTransformer2DModel"}, None, QWEN),
+        ({"_class_name": "QwenImageTransformer2DModel"}, "QwenImageEditPlusPipeline", QWEN),
+        ({"_class_name": "ZImageTransformer2DModel"}, "ZImagePipeline", Z_IMAGE),
+        ({"_class_name": "Flux2Transformer2DModel"}, "Flux2Pipeline", FLUX2_DEV),
+        ({"_class_name": "Flux2Transformer2DModel"}, "Flux2KleinPipeline", FLUX2_KLEIN),
+        ({"_class_name": "Flux2Transformer2DModel"}, None, FLUX2_DEV),
+        ({"_class_name": "WanTransformer3DModel", "in_channels": 48, "out_channels": 48}, "WanPipeline", WAN_5B),
+        ({"_class_name": "WanTransformer3DModel", "in_channels": 16, "out_channels": 16}, "WanPipeline", WAN),
+        ({"_class_name": "WanTransformer3DModel", "in_channels": 36, "out_channels": 16}, None, WAN),
+        ({"_class_name": "WanTransformer3DModel"}, "WanPipeline", WAN),
+        ({"model_type": "hunyuan_image_3_moe", "architectures": ["HunyuanImage3ForCausalMM"]}, None, HUNYUAN),
+        ({"model_type": "bagel"}, None, BAGEL),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, None, BERT),
+        ({"_class_name": "BertModel"}, None, None),
+        ({"model_type": "roberta"}, None, None),
+        ({"_class_name": ["QwenImageTransformer2DModel"]}, None, None),
+        ({}, "QwenImagePipeline", None),
     ],
     ids=str,
 )
-def test_table_is_found_by_class(config: dict[str, object], expected: Architecture | None) -> None:
-    assert find_architecture(config, ["transformer_blocks.0.attn.to_q"]) is expected
+def test_table_is_found_by_class_and_variant(
+    config: dict[str, object], pipeline: str | None, expected: Architecture | None
+) -> None:
+    assert VLLM_OMNI.find(config, ["transformer_blocks.0.attn.to_q"], pipeline) is expected
+
+
+def test_names_are_told_apart() -> None:
+    assert len(TABLES) == len(DIFFUSION_TABLES) + len(OMNI_TABLES) + len(OWN_TABLES)
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.name)
+def test_weights_without_config_are_known_only_by_unique_names(table: Architecture) -> None:
+    layers = [
+        f"{prefix}.{name}".replace("N", "0")
+        for block in table.blocks for prefix in block.prefixes for name in sorted(block.members)
+    ]  # fmt: skip
+    assert VLLM_OMNI.find(None, layers) is (table if table.unique else None)
+    first = min((name for block in table.blocks for name in block.members), default="")
+    assert VLLM_OMNI.find(None, [layer for layer in layers if not layer.endswith(first)]) is None
 
 
 @pytest.mark.parametrize(
@@ -61,17 +97,6 @@ def test_table(table: Architecture, layer: str, is_linear: bool) -> None:
     assert table.name in role.reason
 
 
-@pytest.mark.parametrize("table", ARCHITECTURES.values(), ids=lambda table: table.name)
-def test_sensitive_layers_are_linears_that_a_method_leaves_alone(table: Architecture) -> None:
-    for method, layers in table.sensitive.items():
-        for layer in layers:
-            name = f"{table.blocks[0]}.{layer}".replace("N", "0")
-            assert table.role(name, "no method").is_linear
-            role = table.role(name, method)
-            assert not role.is_linear
-            assert method in role.reason
-
-
 @pytest.mark.parametrize(
     ("table", "layer", "name", "members"),
     [
@@ -103,6 +128,48 @@ def test_fused_groups(table: Architecture, layer: str, name: str, members: tuple
 )
 def test_layers_that_no_engine_fuses(table: Architecture, layer: str) -> None:
     assert table.group(layer) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "layer", "name"),
+    [
+        (QWEN, "transformer_blocks.2.attn.to_k", "transformer_blocks.2.attn.to_qkv"),
+        (QWEN, "transformer_blocks.2.attn.to_out.0", "transformer_blocks.2.attn.to_out.0"),
+        (QWEN, "img_in", "img_in"),
+        (WAN, "blocks.3.attn1.to_v", "blocks.3.attn1.to_qkv"),
+        (WAN, "blocks.3.attn2.to_v", "blocks.3.attn2.to_v"),
+        (WAN, "blocks.3.attn1.to_out.0", "blocks.3.attn1.to_out"),
+        (WAN, "vace_blocks.3.ffn.net.0.proj", "vace_blocks.3.ffn.net_0.proj"),
+        (WAN, "blocks.3.ffn.net.2", "blocks.3.ffn.net_2"),
+        (HUNYUAN, "model.layers.1.self_attn.qkv_proj", "layers.1.self_attn.qkv_proj"),
+        (HUNYUAN, "model.layers.1.mlp.shared_mlp.gate_and_up_proj", "layers.1.mlp.shared_mlp.gate_up_proj"),
+        (HUNYUAN, "model.layers.1.mlp.gate.wg", "layers.1.mlp.gate"),
+        (HUNYUAN, "model.layers.1.mlp.experts.7.down_proj", "layers.1.mlp.experts.routed_experts"),
+        (BAGEL, "connector.fc1", "bagel.connector.fc1"),
+        (
+            BAGEL,
+            "language_model.model.layers.0.self_attn.k_proj_moe_gen",
+            "bagel.language_model.model.layers.0.self_attn.qkv_proj",
+        ),
+        (
+            BAGEL,
+            "language_model.model.layers.0.mlp_moe_gen.up_proj",
+            "bagel.language_model.model.layers.0.mlp_moe_gen.gate_up_proj",
+        ),
+        (QWEN3_OMNI, "thinker.model.layers.0.mlp.experts.3.up_proj", "thinker.model.layers.0.mlp.experts"),
+        (QWEN3_OMNI, "thinker.model.layers.0.mlp.gate", "thinker.model.layers.0.mlp.gate"),
+        (QWEN3_TTS, "talker.model.layers.5.self_attn.q_proj", "model.layers.5.self_attn.qkv_proj"),
+        (QWEN3_TTS, "talker.codec_head", "lm_head"),
+    ],
+)
+def test_runtime_names(table: Architecture, layer: str, name: str) -> None:
+    assert table.runtime_name(layer) == name
+
+
+def test_numbers_of_a_fused_expert() -> None:
+    layer = "thinker.model.layers.4.mlp.experts.3.up_proj"
+    expert = "thinker.model.layers.4.mlp.experts.3"
+    assert QWEN3_OMNI.group(layer) == (f"{expert}.w13", (f"{expert}.gate_proj", f"{expert}.up_proj"))
 
 
 @pytest.mark.parametrize(("fixture", "table", "count"), [("qwen_image", QWEN, 12 * 3), ("z_image", Z_IMAGE, 7 * 4)])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from omni_convert.formats import FORMATS, format_label, make_format
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import QuantizationConfig, parse_config
+from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
 
 GOOD: dict[str, Any] = {
@@ -134,3 +134,18 @@ def test_fp8_rejections(data: dict[str, Any], found: str) -> None:
         parse_config(data, "here")
     assert str(caught.value).startswith("here: ")
     assert found in str(caught.value)
+
+
+def test_config_of_a_part_is_found() -> None:
+    ours = {"quant_method": "int8"}
+    assert stored_config({"quantization_config": ours}) is ours
+    assert (
+        stored_config({"a_config": {"b": {}}, "thinker_config": {"text_config": {"quantization_config": ours}}}) is ours
+    )
+    assert stored_config({"quantization_config": [], "thinker_config": 3}) == []
+    assert stored_config({"other": {"quantization_config": ours}}) is None
+    assert stored_config(None) is None
+    deep: dict[str, Any] = {"quantization_config": ours}
+    for _ in range(5000):
+        deep = {"x_config": deep}
+    assert stored_config(deep) is ours

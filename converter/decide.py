@@ -1,0 +1,199 @@
+"""What happens to every layer of one component, and what the target calls the layers: from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from omni_convert.converter.checkpoint import Component
+from omni_convert.converter.recipe import Pattern, Recipe
+from omni_convert.formats.architectures import Architecture, guess_role
+from omni_convert.formats.base import Format
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
+from omni_convert.formats.target import TARGETS, Target, find_target, format_kind, kind_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to one tensor: quantized to ``format``, or kept (None), and why."""
+
+    format: Format | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class View:
+    """A component as the recipe's target sees it. ``pipeline``: class of the pipeline that it is part of."""
+
+    component: Component
+    recipe: Recipe
+    pipeline: str | None
+
+    @cached_property
+    def target(self) -> Target:
+        return find_target(self.recipe.target)
+
+    @cached_property
+    def kind(self) -> str:
+        return format_kind(self.recipe.format)
+
+    @cached_property
+    def layers(self) -> Sequence[str]:
+        """Checkpoint names of the weights."""
+        return [name.removesuffix(".weight") for name, _, _ in self.component.tensors() if name.endswith(".weight")]
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every name of every layer: the checkpoint's and the engine's."""
+        return frozenset((*self.layers, *self.peers))
+
+    @cached_property
+    def table(self) -> Architecture | None:
+        return self.target.find(self.component.config, self.layers, self.pipeline)
+
+    @property
+    def architecture(self) -> str | None:
+        return self.table.name if self.table else None
+
+    @property
+    def where(self) -> str:
+        return self.component.name or "the model"
+
+    def group(self, tensor: str) -> str | None:
+        """The engine's name of several layers that are quantized together, one of them this tensor's; else None."""
+        runtime = self.runtime_name(tensor.removesuffix(".weight"))
+        return runtime if len(self.peers.get(runtime, ())) > 1 else None
+
+    def runtime_name(self, layer: str) -> str:
+        """The name by which the engine decides whether a layer is quantized."""
+        return self.table.runtime_name(layer) if self.table else layer
+
+    @cached_property
+    def peers(self) -> Mapping[str, Sequence[str]]:
+        """The engine's name -> the layers that it stands for."""
+        peers: dict[str, list[str]] = defaultdict(list)
+        for layer in self.layers:
+            peers[self.runtime_name(layer)].append(layer)
+        return peers
+
+    def check_target(self) -> None:
+        """Whether the target loads this format for this class, from a config that has room for it.
+
+        Raises:
+            UsageError: it does not; names the methods that work.
+            OmniConvertError: the config lacks the part that takes ``quantization_config``.
+        """
+        reason = self.target.refusal(self.architecture, self.kind)
+        if reason:
+            raise UsageError(
+                f"{kind_flags(self.kind)}: {self.target.title} cannot load it for {self.architecture or self.where}: "
+                f"{reason}. {self._remedy()}"
+            )
+        part: object = self.component.config
+        for key in self.table.config_at if self.table else ():
+            part = part.get(key) if isinstance(part, Mapping) else None
+            if not isinstance(part, Mapping):
+                raise OmniConvertError(
+                    f"{self.component.folder / 'config.json'}: has no object {key}, expected one in the config of "
+                    f"{self.architecture}. The download is damaged: fetch it again."
+                )
+
+    def _remedy(self) -> str:
+        working = self.target.working(self.architecture)
+        others = [
+            name
+            for name, target in TARGETS.items()
+            if target.refusal(self._architecture_for(target), self.kind) is None and name != self.target.name
+        ]
+        remedies = [f"Use {' or '.join(map(kind_flags, working))}."] if working else ["No method works there."]
+        remedies += [f"To load it with {TARGETS[name].title} instead: --target {name}." for name in others]
+        return " ".join(remedies)
+
+    def _architecture_for(self, target: Target) -> str | None:
+        table = target.find(self.component.config, self.layers, self.pipeline)
+        return table.name if table else None
+
+    def decide(self, name: str, spec: TensorSpec) -> Decision:
+        def keep(reason: str) -> Decision:
+            return Decision(format=None, reason=reason)
+
+        layer, recipe = name.removesuffix(".weight"), self.recipe
+        if not name.endswith(".weight"):
+            return keep("not a weight")
+        if spec.dtype not in FLOAT_DTYPES:
+            return keep(f"{spec.dtype} is not BF16, F16 or F32")
+        if len(spec.shape) != 2:
+            return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
+        role = self.table.role(layer, recipe.method) if self.table else guess_role(layer)
+        if not role.is_linear:
+            return keep(role.reason)
+        for pattern in recipe.ignore:
+            if pattern.matches(self._known_as(pattern, layer)):
+                return keep(f"--ignore {pattern}")
+        rule = self.target.kept_rule(self.architecture, self.kind, layer) if recipe.default_ignore else None
+        if rule:
+            return keep(f"kept by default with {recipe.method}: {rule.reason}")
+        if layer in self._uneven_layers:
+            return keep(f"engines fuse it with others, and blocks of {recipe.format.rows_per_scale} rows would not fit")
+        refusal = recipe.format.refusal(spec.shape)
+        return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
+
+    @cached_property
+    def _uneven_layers(self) -> frozenset[str]:
+        """Members of fused matrices in which a block of rows would belong to two: engines cannot cut a scale."""
+        uneven: set[str] = set()
+        for name, tensor, _ in self.component.tensors():
+            layer = name.removesuffix(".weight")
+            group = self.table.group(layer) if self.table else None
+            if group and layer != group[1][-1] and tensor.spec.shape[0] % self.recipe.format.rows_per_scale:
+                uneven.update(group[1])
+        return frozenset(uneven)
+
+    def _known_as(self, pattern: Pattern, layer: str) -> str:
+        """The name by which a pattern sees a layer: the engine's, if it means no layer there by its own name.
+
+        So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
+        """
+        runtime = self.runtime_name(layer)
+        return layer if runtime in self._named[pattern] else runtime
+
+    @cached_property
+    def _named(self) -> Mapping[Pattern, frozenset[str]]:
+        """For every pattern: the engine's names of which some layer matches by its own name."""
+        return {
+            pattern: frozenset(name for name, peers in self.peers.items() if any(map(pattern.matches, peers)))
+            for pattern in self.recipe.ignore
+        }
+
+    def check_together(self, decided: Mapping[str, Decision]) -> None:
+        """Engines run the layers under one name as one matrix: all of them are quantized, or none.
+
+        Raises:
+            UsageError: some are kept and some are not.
+        """
+        for runtime, layers in self.peers.items():
+            kept = [layer for layer in layers if layer in decided and not decided[layer].format]
+            quantized = [layer for layer in layers if layer in decided and decided[layer].format]
+            if kept and quantized:
+                raise UsageError(
+                    f"{kept[0]} is kept ({decided[kept[0]].reason}) but {quantized[0]} is not. Engines fuse both into "
+                    f"{runtime}, which is quantized as a whole or not at all: "
+                    f"--ignore {runtime.rsplit('.', 1)[-1]}, or none of its parts."
+                )
+
+    def engine_names(self, layers: Iterable[str]) -> set[str]:
+        """Every name of some layers: the checkpoint's and the engine's.
+
+        Of all kept layers, they alone tell a loader which linears to build quantized; names that match nothing do no
+        harm.
+        """
+        return {name for layer in layers for name in (layer, self.runtime_name(layer))}
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,154 @@
+"""Every model class that vLLM-Omni loads, converted with every method it loads there: the right layers, all named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import FAMILIES, Family
+from hostile.small import Stored, read_json, read_weights, snapshot
+
+import omni_convert
+from omni_convert.formats.target import TARGETS
+
+VLLM_OMNI = TARGETS["vllm-omni"]
+METHODS: dict[str, dict[str, Any]] = {
+    "int8": {"method": "int8"},
+    "fp8 tensor": {"method": "fp8"},
+    "fp8 static": {"method": "fp8", "activation_scheme": "static"},
+    "fp8 channel": {"method": "fp8", "granularity": "channel"},
+    "fp8 block": {"method": "fp8", "block_size": (32, 32)},
+    "mxfp8": {"method": "mxfp8"},
+    "mxfp4": {"method": "mxfp4"},
+    "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
+}
+# By name and kind of format: what no engine of this version loads.
+TRANSFORMERS_ONLY = ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale")
+REFUSED: dict[str, tuple[str, ...]] = {
+    "Wan": ("fp8 channel",),
+    "Wan VACE": ("fp8 channel",),
+    "Wan TI2V-5B": ("fp8 channel", "mxfp4", "mxfp4_dualscale"),
+    "HunyuanImage-3.0": ("fp8 channel", "fp8 block"),
+    "Qwen3-Omni": TRANSFORMERS_ONLY,
+    "Qwen3-TTS": TRANSFORMERS_ONLY,
+    "Qwen2.5-Omni": (*TRANSFORMERS_ONLY, "fp8 tensor", "fp8 static", "fp8 block"),
+}
+CASES = [(name, kind) for name in FAMILIES for kind in METHODS if kind not in REFUSED.get(name, ())]
+BLOCK_0 = r"re:(blocks|layers)\.0\."
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Written when first asked for."""
+
+    class Sources(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = FAMILIES[name].write(tmp_path_factory.mktemp("family"))
+            return self[name]
+
+    return Sources()
+
+
+def weights(folder: Path) -> dict[str, Stored]:
+    return {name: item for path in folder.glob("*.safetensors") for name, item in read_weights(path).items()}
+
+
+def matrices(stored: dict[str, Stored]) -> list[str]:
+    return [name.removesuffix(".weight") for name, item in stored.items() if _is_matrix(name, item)]
+
+
+def _is_matrix(name: str, item: Stored) -> bool:
+    return name.endswith(".weight") and len(item.shape) == 2
+
+
+def choices(kind: str, source: Path, family: Family) -> dict[str, Any]:
+    if kind != "fp8 static":
+        return METHODS[kind]
+    layers = [layer for part in family.components for layer in matrices(weights(source / part))]
+    return METHODS[kind] | {"input_scales": dict.fromkeys(layers, 0.5)}
+
+
+def kept_by_default(family: str, kind: str, layer: str) -> bool:
+    if family == "Qwen-Image":
+        return kind.startswith("fp8") and "img_mlp" in layer
+    first = layer.startswith(tuple(f"blocks.{number}." for number in range(5)))
+    return family in ("Wan", "Wan VACE") and kind == "mxfp4_dualscale" and first
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_conversion_is_what_the_contract_says(sources: dict[str, Path], name: str, kind: str, tmp_path: Path) -> None:
+    family, source, out = FAMILIES[name], sources[name], tmp_path / "out"
+    report = omni_convert.convert(source, out, **choices(kind, source, family))
+    method = METHODS[kind]["method"]
+    layers = 0
+    for part in family.components:
+        before, after = weights(source / part), weights(out / part)
+        expected = {
+            layer for layer in matrices(before)
+            if family.ignored_name(layer, method) and not kept_by_default(name, kind, layer)
+        }  # fmt: skip
+        quantized = {layer for layer in matrices(before) if after[f"{layer}.weight"].dtype != "BF16"}
+        assert quantized == expected
+        layers += len(expected)
+        config = read_json(out / part / "config.json")
+        for key in ("thinker_config", "text_config") if "Omni" in name else ():
+            config = config[key]
+        config = config["quantization_config"]
+        ignored = config["ignore" if kind == "fp8 channel" else "ignored_layers"]
+        kept = [layer for layer in matrices(before) if layer not in expected]
+        names = family.expected_ignored(kept)
+        if kind == "fp8 channel":  # the engine looks for plain names as parts of names
+            engine = {family.runtime(family.ignored_name(layer, method) or "") for layer in expected} | expected
+            names = {f"[{n[0]}]{n[1:]}" if any(n in other for other in engine) else n for n in names}
+        assert sorted(ignored) == sorted(names)
+        changed = {f"{layer}.weight" for layer in expected}
+        assert {tensor: after[tensor] for tensor in before.keys() - changed} == {
+            tensor: before[tensor] for tensor in before.keys() - changed
+        }
+        assert {tensor.rpartition(".")[0] for tensor in after.keys() - before.keys()} <= expected
+    assert report.layers == layers > 0
+    assert report.warnings == () or name == "HunyuanImage-3.0"
+    _check_other_files(source, out, family)
+    assert omni_convert.verify(out, source=source).ok
+
+
+def _check_other_files(source: Path, out: Path, family: Family) -> None:
+    before, after = snapshot(source), snapshot(out)
+    folders = [f"{part}/" if part else "" for part in family.components]
+    written = {name for name in before for folder in folders if name.rpartition("/")[0] == folder.rstrip("/")}
+    written -= {"model_index.json"}
+    assert {name: before[name] for name in before.keys() - written} == {
+        name: after[name] for name in before.keys() - written
+    }
+    assert after.keys() - before.keys() == {"omni_convert.json"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ignored_layers_have_all_their_names(sources: dict[str, Path], name: str) -> None:
+    family = FAMILIES[name]
+    kind = "fp8 channel" if name == "Qwen2.5-Omni" else "fp8 tensor"
+    planned = omni_convert.plan(sources[name], **METHODS[kind], ignore=[BLOCK_0], default_ignore=False)
+    for part in planned.components:
+        found = matrices(weights(part.component.folder))
+        kept = [layer for layer in found if _in_block_0(layer) or not family.ignored_name(layer, "fp8")]
+        assert set(part.ignored_layers) == family.expected_ignored(kept)
+        assert any(map(_in_block_0, kept))
+
+
+def _in_block_0(layer: str) -> bool:
+    return "blocks.0." in layer or "layers.0." in layer
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", METHODS)
+def test_what_cannot_be_loaded_is_refused_with_what_can(sources: dict[str, Path], name: str, kind: str) -> None:
+    if kind not in REFUSED.get(name, ()):
+        assert VLLM_OMNI.refusal(name, kind) is None
+        return
+    source = sources[name]
+    with pytest.raises(omni_convert.UsageError) as caught:
+        omni_convert.plan(source, **choices(kind, source, FAMILIES[name]))
+    message = str(caught.value)
+    assert f"vLLM-Omni cannot load it for {name}" in message
+    assert ("Use --method fp8 --granularity channel." if name == "Qwen2.5-Omni" else "Use --method ") in message
