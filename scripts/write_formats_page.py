@@ -24,19 +24,9 @@ from demo_models import minilm_path
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.engine import amax
+from omni_convert.formats.target import TARGETS, format_kind
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
-VLLM_OMNI_NPU = "vLLM-Omni on Ascend NPUs"
-LOADED_BY = {
-    "int8": "vLLM-Omni on CUDA (sm_80 and up) and Ascend NPUs; Diffusers and Transformers after `import omni_convert`",
-    "fp8": "vLLM and vLLM-Omni on CUDA",
-    "fp8 (static)": "vLLM and vLLM-Omni on CUDA",
-    "fp8 (channel)": "vLLM and vLLM-Omni on CUDA, as ModelOpt's FP8_PER_CHANNEL_PER_TOKEN; not Wan",
-    "fp8 (block 128x128)": "vLLM and vLLM-Omni on CUDA",
-    "mxfp8": VLLM_OMNI_NPU,
-    "mxfp4": VLLM_OMNI_NPU,
-    "mxfp4_dualscale": VLLM_OMNI_NPU,
-}
 KINDS: Sequence[Format] = (
     make_format("int8"),
     make_format("fp8"),
@@ -53,6 +43,16 @@ SYMBOLS = {
     1100: "N", 2240: "K", 9: "ceil(N / 128)", 18: "ceil(K / 128)", 70: "K / 32", 5: "ceil(K / 512)", 1: "1",
 }  # fmt: skip
 MATRIX = re.compile(r"encoder\.layer\.\d+\..*(query|key|value|dense)\.weight")
+
+
+def loaded_by(fmt: Format) -> str:
+    """Which targets load it, on which hardware."""
+    kind = format_kind(fmt)
+    return "; ".join(
+        f"{target.title} on {' and '.join(target.formats[kind])}"
+        for target in TARGETS.values()
+        if kind in target.formats
+    )
 
 
 def flags(fmt: Format) -> str:
@@ -79,7 +79,7 @@ def contract() -> str:
         four_bits = int(np.count_nonzero(fmt.valid_codes)) < 16
         size = f"{bits_per_weight(fmt):.2f}"
         size += f" (device: {bits_per_weight(fmt, 4):.2f})" if four_bits else ""
-        first = [flags(fmt), size, LOADED_BY[format_label(fmt)]]
+        first = [flags(fmt), size, loaded_by(fmt)]
         for suffix, spec in fmt.tensors(SHAPE).items():
             shape = ", ".join(SYMBOLS[side] for side in spec.shape) + ("," if len(spec.shape) == 1 else "")
             note = " (e2m1 values)" if four_bits and suffix == "weight" else ""
