@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,17 +82,10 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
         raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
     manifest = read_json(root / MANIFEST_NAME) if (root / MANIFEST_NAME).is_file() else {}
     made_by = str(manifest.get("omni_convert")) if manifest else None
-    made_as = _recorded_format(manifest)
+    recipe = Recipe.parse(manifest.get("recipe"))  # with what no config says: the scale rule and the quality
+    made_as = recipe.format if recipe else None
     components = tuple(_summarize(open_component(root, name), made_as) for name in find_components(root))
     return Summary(path=str(root), made_by=made_by, components=components)
-
-
-def _recorded_format(manifest: Mapping[str, Any]) -> Format | None:
-    """The format that a manifest records, with what no config says: the scale rule and the quality."""
-    try:
-        return Recipe.from_dict(manifest["recipe"]).format
-    except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
-        return None
 
 
 def quantized_layers(component: Component, suffixes: tuple[str, ...]) -> set[str]:

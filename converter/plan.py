@@ -284,7 +284,7 @@ def _plan_component(view: View) -> ComponentPlan:
                 source=tensor,
                 decision=view.decide(name, tensor.spec),
                 group=view.group(name),
-                input_scale=_input_scale(name, component, recipe),
+                input_scale=recipe.input_scale(component.name, name.removesuffix(".weight")),
             )
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
         )
@@ -303,11 +303,6 @@ def _plan_component(view: View) -> ComponentPlan:
         architecture=view.architecture,
         config_at=view.table.config_at if view.table else (),
     )
-
-
-def _input_scale(name: str, component: Component, recipe: Recipe) -> float | None:
-    layer = name.removesuffix(".weight")
-    return recipe.input_scales.get(f"{component.name}.{layer}", recipe.input_scales.get(layer))
 
 
 def _check_scale_names(views: Sequence[View], recipe: Recipe) -> None:

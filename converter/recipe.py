@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 from omni_convert.formats import format_options, make_format
 from omni_convert.formats.base import Format
@@ -101,6 +101,18 @@ class Recipe:
             "default_ignore": self.default_ignore,
             **({"input_scales": dict(self.input_scales)} if self.input_scales else {}),
         }
+
+    def input_scale(self, component: str, layer: str) -> float | None:
+        """The recorded scale of a layer's activations, if any; one under ``component.layer`` goes first."""
+        return self.input_scales.get(f"{component}.{layer}", self.input_scales.get(layer))
+
+    @classmethod
+    def parse(cls, data: object) -> Recipe | None:
+        """``from_dict`` of what a file holds; None if that is no recipe."""
+        try:
+            return cls.from_dict(cast("Mapping[str, Any]", data))
+        except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
+            return None
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from omni_convert.converter.checkpoint import Component
 from omni_convert.converter.files import processors
+from omni_convert.converter.recipe import Recipe
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.bits import OUTPUT_DTYPE
 from omni_convert.formats.header import Header, StoredTensor
@@ -18,21 +19,17 @@ PIECE_BYTES = 4 << 20
 _E8M0_NAN = 255
 
 
-def value_problems(
-    component: Component, fmt: Format, layers: Collection[str], input_scales: Mapping[str, float]
-) -> list[str]:
-    """Every tensor of the quantized ``layers`` that holds what no conversion writes, with the first such place.
-
-    ``input_scales``: those that the recipe recorded, by layer or ``component.layer``.
-    """
+def value_problems(component: Component, recipe: Recipe, layers: Collection[str]) -> list[str]:
+    """Every tensor of the quantized ``layers`` that holds what no conversion writes, with the first such place."""
+    fmt = recipe.format
     stored = {name: (tensor, shard) for name, tensor, shard in component.tensors()}
     names = [f"{layer}.{suffix}" for layer in sorted(layers) for suffix in fmt.suffixes]
     with ThreadPoolExecutor(processors()) as pool:
         tasks = [pool.submit(_problem, name, *stored[name], fmt) for name in names]
         problems = [problem for task in tasks if (problem := task.result())]
     for layer in sorted(layers):
-        recorded = input_scales.get(f"{component.name}.{layer}", input_scales.get(layer))
-        problems += _known_problems(layer, stored, fmt, Facts(input_scale=recorded))
+        facts = Facts(input_scale=recipe.input_scale(component.name, layer))
+        problems += _known_problems(layer, stored, fmt, facts)
     return problems
 
 

@@ -140,12 +140,9 @@ def _is_manifest(data: Mapping[str, Any]) -> bool:
         )
 
     source, components = data.get("source"), data.get("components")
-    try:
-        Recipe.from_dict(data["recipe"])
-    except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
-        return False
     return (
-        entries(data.get("files"), "size", "sha256")
+        Recipe.parse(data.get("recipe")) is not None
+        and entries(data.get("files"), "size", "sha256")
         and isinstance(source, dict)
         and entries(source.get("files"), "size")
         and isinstance(components, dict)
@@ -201,7 +198,7 @@ def _check_component(component: Component, recipe: Recipe, decisions: Mapping[st
         return [Check(f"{title} config", "quantization_config", (str(error),))]
     layers = quantized_layers(component, tuple(fmt.suffixes))
     structure = [*_structure_problems(component, config, fmt, decisions, layers), *_index_problems(component)]
-    values = [] if structure else value_problems(component, fmt, layers, recipe.input_scales)
+    values = [] if structure else value_problems(component, recipe, layers)
     return [
         Check(f"{title} config", f"{fmt.name}, {len(config.ignored_layers)} ignored layers", ()),
         Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", tuple(structure)),

@@ -59,6 +59,14 @@ def _dual_group(bits: Any, n: Any, span: Any, codes: Any, fine: Any, coarse: Any
 
 
 @numba.njit(**INLINE)  # type: ignore[untyped-decorator]
+def _group(bits: Any, n: Any, span: Any, codes: Any, fine: Any, coarse: Any, largest: Any, wanted: Any) -> Any:
+    """``_dual_group`` by the quickest way that is exact for weights up to ``largest``."""
+    if invertible(bits, coarse, largest):
+        return _dual_group(bits, n, span, codes, fine, coarse, np.float32(1) / coarse, wanted)
+    return _dual_group(bits, n, span, codes, fine, coarse, None, wanted)
+
+
+@numba.njit(**INLINE)  # type: ignore[untyped-decorator]
 def _dual_scales(bits: Any, n: Any, span: Any, fine: Any, maxima: Any, carry: Any) -> Any:
     """Bytes of a group, its step and its largest magnitude. ``maxima``: space for 16.
 
@@ -90,10 +98,7 @@ def _dual_rows(bits: Any, codes: Any, fine: Any, coarse: Any, power: Any, carry:
             if not np.isfinite(largest):
                 return n
             coarse[n, group] = step
-            if invertible(bits, step, largest):
-                sums = _dual_group(bits, n, span, codes, fine, step, np.float32(1) / step, power)
-            else:
-                sums = _dual_group(bits, n, span, codes, fine, step, None, power)
+            sums = _group(bits, n, span, codes, fine, step, largest, power)
             if power is not None and largest > 0:  # a group of zeros has step 1
                 share = step / row_step
                 signal = signal + sums[0] * (share * share)
@@ -137,10 +142,7 @@ def _dual_codes(bits: Any, codes: Any, fine: Any, coarse: Any, power: Any) -> in
         for group in range(coarse.shape[1]):
             span = group * _BLOCKS, min((group + 1) * _BLOCKS, fine.shape[1])
             scale = coarse[n, group]
-            if invertible(bits, scale, largest):
-                sums = _dual_group(bits, n, span, codes, fine, scale, np.float32(1) / scale, power)
-            else:
-                sums = _dual_group(bits, n, span, codes, fine, scale, None, power)
+            sums = _group(bits, n, span, codes, fine, scale, largest, power)
             share = scale / row_unit
             # More than twice the row's has only the scale 1.0 of a group of zeros or of weights near 2**-149.
             if power is not None and share <= 2:
