@@ -17,6 +17,7 @@ from omni_convert import __version__
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.int8 import FUSED_SCALES
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
 _EPILOG = """\b
@@ -140,10 +141,20 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
     help="Scales from the largest weight, or searched for least error: slower to convert, same size and speed after.",
 )
 @click.option(
+    "--fused-scale",
+    type=click.Choice(FUSED_SCALES),
+    help="Scales of layers that vLLM-Omni fuses (int8): one, as it needs on CUDA, or all, for Ascend NPUs only.",
+)
+@click.option(
     "--ignore",
     multiple=True,
     metavar="PATTERN",
     help="Keep matching layers: part of a name, glob over the whole name, or re:REGEX. Repeatable.",
+)
+@click.option(
+    "--ignore-whole-group",
+    is_flag=True,
+    help="Keep all of what the engine fuses (to_q, to_k, to_v) if --ignore names a part of it.",
 )
 @click.option(
     "--no-default-ignore",
@@ -173,7 +184,8 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 def convert(
     model: Path, out: Path, method: str, granularity: str | None, block_size: str | None,
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str,
-    ignore: tuple[str, ...], no_default_ignore: bool, target: str, components: tuple[str, ...], dry_run: bool,
+    fused_scale: str | None, ignore: tuple[str, ...], ignore_whole_group: bool, no_default_ignore: bool, target: str,
+    components: tuple[str, ...], dry_run: bool,
     link: bool, overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
@@ -184,7 +196,8 @@ def convert(
     started = time.perf_counter()
     planned = plan(
         model, method=method, granularity=granularity, block_size=parse_block_size(block_size) if block_size else None,
-        activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality, ignore=ignore,
+        activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality,
+        fused_scale=fused_scale, ignore=ignore, ignore_whole_group=ignore_whole_group,
         components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
         target=target, default_ignore=not no_default_ignore,
     )  # fmt: skip

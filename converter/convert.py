@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """What a conversion did. Bytes are tensor bytes of the quantized components; ``sqnr_db`` is per layer.
+    ``shared_scale_db``: about what sharing scales costs the ``shared_scale_layers``, on average; None without any.
 
     ``warnings``: what may keep the target from loading the result.
     """
@@ -50,6 +51,8 @@ class Report:
     seconds: float
     gigabytes_per_second: float
     sqnr_db: dict[str, float]
+    shared_scale_layers: int
+    shared_scale_db: float | None
     left_out: dict[str, str]
     warnings: tuple[str, ...]
 
@@ -98,11 +101,12 @@ def convert(
         overwrite: replace what ``out`` holds.
         hash_source: record the sha256 of every source file.
         progress: show a progress bar on stderr (if it is a terminal).
-        choices: ``method``, the format; ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule`` and
-            ``quality`` as ``formats.make_format`` takes them; ``ignore``, layers to keep: parts of names, globs over
-            whole names, or ``re:`` regular expressions; ``components``: of a pipeline, what to quantize, default
-            the diffusion transformers; ``input_scales``: layer -> scale of its activations, for static ones;
-            ``target``: the engine that is to load ``out``; ``default_ignore``: whether what it keeps by default stays.
+        choices: ``method``, the format; ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule``,
+            ``quality`` and ``fused_scale`` as ``formats.make_format`` takes them; ``ignore``, layers to keep: parts of
+            names, globs over whole names, or ``re:`` regular expressions; ``ignore_whole_group``: keep all layers that
+            the engine fuses with a kept one; ``components``: of a pipeline, what to quantize, default the diffusion
+            transformers; ``input_scales``: layer -> scale of its activations, for static ones; ``target``: the engine
+            that is to load ``out``; ``default_ignore``: whether what it keeps by default stays.
 
     Raises:
         OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
@@ -195,6 +199,7 @@ def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bo
 def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) -> Report:
     read = plan.bytes_before + plan.bytes_copied
     several = len(plan.components) > 1
+    costs = [error.shared_scale_db for error in outcome.errors.values() if error.shared_scale_db is not None]
     return Report(
         out=folder.path,
         method=plan.recipe.method,
@@ -211,6 +216,8 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
             (f"{component}.{layer}" if several else layer): error.sqnr_db
             for (component, layer), error in outcome.errors.items()
         },
+        shared_scale_layers=len(costs),
+        shared_scale_db=sum(costs) / len(costs) if costs else None,
         left_out=dict(plan.checkpoint.left_out),
         warnings=plan.warnings,
     )

@@ -68,6 +68,15 @@ class View:
         runtime = self.runtime_name(tensor.removesuffix(".weight"))
         return runtime if len(self.peers.get(runtime, ())) > 1 else None
 
+    def fuses(self, layer: str) -> bool:
+        """Whether the engine runs the layer as a part of a larger matrix, or as several matrices in one."""
+        return self.table is not None and self.table.is_fused(layer)
+
+    def scale_group(self, tensor: str) -> str | None:
+        """What the engine fuses this tensor's layer into; None if it stands alone."""
+        group = self.table.group(tensor.removesuffix(".weight")) if self.table else None
+        return group[0] if group else None
+
     def runtime_name(self, layer: str) -> str:
         """The name by which the engine decides whether a layer is quantized."""
         return self.table.runtime_name(layer) if self.table else layer
@@ -140,7 +149,11 @@ class View:
         if layer in self._uneven_layers:
             return keep(f"engines fuse it with others, and blocks of {recipe.format.rows_per_scale} rows would not fit")
         refusal = recipe.format.refusal(spec.shape)
-        return keep(refusal) if refusal else Decision(format=recipe.format, reason=role.reason)
+        if refusal:
+            return keep(refusal)
+        if not self.fuses(layer):
+            return Decision(format=recipe.format, reason=role.reason)
+        return Decision(format=recipe.format.fused(), reason=role.reason)
 
     @cached_property
     def _uneven_layers(self) -> frozenset[str]:
@@ -169,21 +182,32 @@ class View:
             for pattern in self.recipe.ignore
         }
 
-    def check_together(self, decided: Mapping[str, Decision]) -> None:
-        """Engines run the layers under one name as one matrix: all of them are quantized, or none.
+    def decide_all(self) -> dict[str, Decision]:
+        """The decision for every tensor. Engines run the layers under one name as one matrix: all of them are
+        quantized, or none.
 
         Raises:
             UsageError: some are kept and some are not.
         """
+        decided = {name: self.decide(name, tensor.spec) for name, tensor, _ in self.component.tensors()}
         for runtime, layers in self.peers.items():
-            kept = [layer for layer in layers if layer in decided and not decided[layer].format]
-            quantized = [layer for layer in layers if layer in decided and decided[layer].format]
+            names = [f"{layer}.weight" for layer in layers]
+            kept = [name for name in names if not decided[name].format]
+            quantized = [name for name in names if decided[name].format]
             if kept and quantized:
-                raise UsageError(
-                    f"{kept[0]} is kept ({decided[kept[0]].reason}) but {quantized[0]} is not. Engines fuse both into "
-                    f"{runtime}, which is quantized as a whole or not at all: "
-                    f"--ignore {runtime.rsplit('.', 1)[-1]}, or none of its parts."
-                )
+                self._check_widened(runtime, kept[0], quantized[0], decided[kept[0]].reason)
+                reason = f"fused with {kept[0].removesuffix('.weight')}, which is kept"
+                decided |= dict.fromkeys(quantized, Decision(format=None, reason=reason))
+        return decided
+
+    def _check_widened(self, runtime: str, kept: str, quantized: str, reason: str) -> None:
+        if self.recipe.ignore_whole_group:
+            return
+        raise UsageError(
+            f"{kept.removesuffix('.weight')} is kept ({reason}) but {quantized.removesuffix('.weight')} is not. "
+            f"Engines fuse both into {runtime}, which is quantized as a whole or not at all: "
+            f"--ignore {runtime.rsplit('.', 1)[-1]}, none of its parts, or --ignore-whole-group to keep the rest too."
+        )
 
     def engine_names(self, layers: Iterable[str]) -> set[str]:
         """Every name of some layers: the checkpoint's and the engine's.

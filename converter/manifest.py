@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.execute import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
+from omni_convert.converter.weight_writer import LayerError
 from omni_convert.formats.header import hash_header
 from omni_convert.formats.layout import CONFIG_NAME
 
@@ -92,7 +92,9 @@ def _component(part: ComponentPlan, errors: Mapping[tuple[str, str], LayerError]
         decision = tensor.decision
         entry: dict[str, Any] = {"action": decision.format.name if decision.format else "keep", "why": decision.reason}
         if decision.format:
-            sqnr = errors[part.component.name, tensor.layer].sqnr_db
-            entry["sqnr_db"] = round(sqnr, 2) if math.isfinite(sqnr) else None
+            error = errors[part.component.name, tensor.layer]
+            entry["sqnr_db"] = round(error.sqnr_db, 2) if math.isfinite(error.sqnr_db) else None
+            if error.shared_scale_db is not None:
+                entry["shared_scale_db"] = round(error.shared_scale_db, 2)
         tensors[tensor.name] = entry
     return {"class": part.component.class_name, "architecture": part.architecture, "tensors": tensors}

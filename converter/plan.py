@@ -33,6 +33,8 @@ class TensorPlan:
     decision: Decision
     group: str | None = None
     """The target's name of several layers, this one among them, that are quantized together."""
+    scale_group: str | None = None
+    """What the target fuses this layer into: all of its parts have one scale, where the format has one per weight."""
     input_scale: float | None = None
     """Of the layer's activations, recorded beforehand."""
 
@@ -276,14 +278,16 @@ def _refuse_quantized(component: Component) -> None:
 
 def _plan_component(view: View) -> ComponentPlan:
     component, recipe = view.component, view.recipe
+    decisions = view.decide_all()
     shards = []
     for header in component.shards.headers:
         tensors = tuple(
             TensorPlan(
                 name=name,
                 source=tensor,
-                decision=view.decide(name, tensor.spec),
+                decision=decisions[name],
                 group=view.group(name),
+                scale_group=view.scale_group(name),
                 input_scale=recipe.input_scale(component.name, name.removesuffix(".weight")),
             )
             for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
@@ -292,8 +296,6 @@ def _plan_component(view: View) -> ComponentPlan:
         encoded = encode_header(layout, header.metadata or {"format": "pt"})
         shards.append(ShardPlan(source=header, tensors=tensors, layout=layout, header=encoded))
     all_tensors = [tensor for shard in shards for tensor in shard.tensors]
-    weights = [tensor for tensor in all_tensors if tensor.name.endswith(".weight")]
-    view.check_together({tensor.layer: tensor.decision for tensor in weights})
     if recipe.input_scales:
         _check_input_scales(component, recipe, all_tensors)
     return ComponentPlan(

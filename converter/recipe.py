@@ -55,7 +55,7 @@ class Recipe:
 
     ``input_scales``: the recorded scale of every layer's activations, by layer or ``component.layer`` (static
     activations only). ``target``: the engine that is to load the result. ``default_ignore``: whether layers that the
-    target keeps by default are kept.
+    target keeps by default are kept. ``ignore_whole_group``: whether all layers that it fuses with a kept one are.
     """
 
     format: Format
@@ -64,6 +64,7 @@ class Recipe:
     input_scales: Mapping[str, float] = field(default_factory=dict)
     target: str = DEFAULT_TARGET
     default_ignore: bool = True
+    ignore_whole_group: bool = False
 
     def __post_init__(self) -> None:
         find_target(self.target)
@@ -99,6 +100,7 @@ class Recipe:
             "components": list(self.components),
             "target": self.target,
             "default_ignore": self.default_ignore,
+            "ignore_whole_group": self.ignore_whole_group,
             **({"input_scales": dict(self.input_scales)} if self.input_scales else {}),
         }
 
@@ -125,8 +127,9 @@ class Recipe:
             ignore=tuple(map(Pattern, data["ignore"])),
             components=tuple(data["components"]),
             input_scales=data.get("input_scales", {}),
-            target=data.get("target", DEFAULT_TARGET),
-            default_ignore=data.get("default_ignore", True),
+            target=data["target"],
+            default_ignore=data["default_ignore"],
+            ignore_whole_group=data["ignore_whole_group"],
         )
 
 
@@ -142,11 +145,13 @@ class Choices(_Method, total=False):
     activation_scheme: str | None
     scale_rule: str | None
     quality: str | None
+    fused_scale: str | None
     ignore: Sequence[str]
     components: Sequence[str]
     input_scales: Mapping[str, float] | None
     target: str
     default_ignore: bool
+    ignore_whole_group: bool
 
 
 def make_recipe(
@@ -156,6 +161,7 @@ def make_recipe(
     input_scales: Mapping[str, float] | None = None,
     target: str = DEFAULT_TARGET,
     default_ignore: bool = True,
+    ignore_whole_group: bool = False,
     **options: Any,
 ) -> Recipe:
     """A recipe from plain values; ``options`` as ``make_format`` takes them."""
@@ -166,6 +172,7 @@ def make_recipe(
         input_scales=input_scales or {},
         target=target,
         default_ignore=default_ignore,
+        ignore_whole_group=ignore_whole_group,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from omni_convert.converter.convert import Report
 from omni_convert.converter.decide import natural_key
+from omni_convert.converter.fused import shared_scales
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan
 from omni_convert.converter.tables import format_bytes, format_db, format_table, layer_patterns
 from omni_convert.formats import format_label
@@ -62,6 +63,8 @@ def plan_text(plan: Plan, memory: int, disk: int) -> str:
         ["peak memory", f"{format_bytes(memory)} beyond Python and its libraries"],
         ["disk needed", format_bytes(disk)],
     ]
+    shared = shared_scales(plan)
+    summary += [["shared scales", shared.to_text()]] if shared else []
     summary += [["left out", f"{name} ({why})"] for name, why in plan.checkpoint.left_out.items()]
     blocks.append(format_table(summary, header=False))
     return "\n\n".join(blocks)
@@ -69,6 +72,7 @@ def plan_text(plan: Plan, memory: int, disk: int) -> str:
 
 def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
     """The plan as data: the same facts as ``plan_text``, and every tensor."""
+    shared = shared_scales(plan)
     return {
         "recipe": plan.recipe.to_dict(),
         "kind": plan.checkpoint.kind,
@@ -81,6 +85,7 @@ def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
         "disk_needed": disk,
         "copied": dict(plan.checkpoint.others),
         "left_out": dict(plan.checkpoint.left_out),
+        "shared_scales": shared.to_dict() if shared else None,
         "warnings": list(plan.warnings),
     }
 
@@ -97,6 +102,9 @@ def report_text(report: Report) -> str:
     ]
     for place, (layer, value) in enumerate(report.worst()):
         rows.append(["worst SQNR" if place == 0 else "", f"{format_db(value)}  {layer}"])
+    if report.shared_scale_db is not None:
+        lost = f"cost {report.shared_scale_db:.1f} dB on {_plural(report.shared_scale_layers, 'fused layer')} (mean)"
+        rows.append(["shared scales", lost])
     rows += [["left out", f"{name} ({why})"] for name, why in report.left_out.items()]
     rows.append(["written to", str(report.out)])
     return format_table(rows, header=False)

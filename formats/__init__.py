@@ -26,6 +26,7 @@ def make_format(
     activation_scheme: str | None = None,
     scale_rule: str | None = None,
     quality: str | None = None,
+    fused_scale: str | None = None,
 ) -> Format:
     """The format ``method`` with some options chosen; None: as ``FORMATS`` has it.
 
@@ -35,6 +36,7 @@ def make_format(
         activation_scheme: ``dynamic`` (measured while running) or ``static`` (one recorded scale per layer).
         scale_rule: how MX formats choose the exponent of a block: ``floor``, ``even`` or ``rceil``.
         quality: ``fast`` (scales from the largest magnitude) or ``balanced`` (scales searched for least error).
+        fused_scale: of layers that an engine fuses (int8): ``shared`` or ``per-channel``.
 
     Raises:
         UsageError: an unknown method, or a choice that the format does not have.
@@ -50,6 +52,7 @@ def make_format(
         "activation_scheme": activation_scheme,
         "scale_rule": scale_rule,
         "quality": quality,
+        "fused_scale": fused_scale,
     }
     given = {option: value for option, value in given.items() if value is not None}
     for option, value in given.items():
@@ -71,8 +74,12 @@ def format_label(fmt: Format) -> str:
     chosen = {option: value for option, value in format_options(fmt).items() if value != default.get(option)}
     if "block_size" in chosen:
         chosen["block_size"] = "x".join(map(str, chosen["block_size"]))
-    words = [f"rule {value}" if option == "scale_rule" else str(value) for option, value in chosen.items()]
+    words = [f"{_WORDS[option]} {value}" if option in _WORDS else str(value) for option, value in chosen.items()]
+    words += ["one scale"] if fmt.is_fused else []
     return f"{fmt.name} ({' '.join(words)})" if words else fmt.name
+
+
+_WORDS = {"scale_rule": "rule", "fused_scale": "fused"}
 
 
 def _check_choice(fmt: Format, option: str, value: object) -> None:

@@ -26,7 +26,8 @@ class Block:
     """Linears below a repeated prefix.
 
     ``linears``: layer names that the engine builds as they are. ``fused``: name of a matrix that the engine makes of
-    several layers -> those layers. ``renamed``: layer or fused matrix -> the name by which the engine decides about
+    several layers -> those layers. ``merged``: those of ``linears`` that the engine takes for several matrices in one
+    tensor. ``renamed``: layer or fused matrix -> the name by which the engine decides about
     its quantization, where that is another; layers that share one are quantized or kept together. ``methods``: with
     which these linears are quantized; empty: with any.
     """
@@ -34,6 +35,7 @@ class Block:
     prefixes: Sequence[str]
     linears: Sequence[str] = ()
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    merged: Sequence[str] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
     methods: Sequence[str] = ()
 
@@ -128,6 +130,11 @@ class Architecture:
             if group:
                 return place.filled(group), tuple(map(place.filled, place.block.fused[group]))
         return None
+
+    def is_fused(self, layer: str) -> bool:
+        """Whether the engine makes one matrix of ``layer`` and others, or takes it for several matrices."""
+        places = self._places(layer)
+        return any(place.name in place.block.group_of or place.name in place.block.merged for place in places)
 
     def runtime_name(self, layer: str) -> str:
         """What the engine calls the layer, or the fused matrix that it is part of: names in ``ignored_layers``."""

@@ -21,8 +21,8 @@ SCALE_RULES = ("floor", "even", "rceil")
 class Facts(NamedTuple):
     """What some formats must know of a weight before its rows are quantized; each names what it ``needs``.
 
-    ``amax``: the largest magnitude of the whole weight, finite. ``input_scale``: of the layer's activations, recorded
-    beforehand (static activations).
+    ``amax``: the largest magnitude of all weights that share its scale, finite. ``input_scale``: of the layer's
+    activations, recorded beforehand (static activations).
     """
 
     amax: float | None = None
@@ -89,6 +89,13 @@ class Format(Protocol):
     def valid_codes(self) -> NDArray[np.bool_]:
         """(256,): which bytes conversions write into ``weight``."""
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether one scale replaces those of rows, because engines fuse the layer; see ``fused``."""
+
+    def fused(self) -> Format:
+        """The format of a layer that engines fuse with others, or cut: what it writes for one of those."""
+
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a weight of this shape cannot be held in this format; None if it can."""
 
@@ -137,8 +144,25 @@ class Format(Protocol):
         """The largest error that this format may leave in every weight, broadcastable to (n, K): half the distance
         between neighbouring codes, and what saturation cuts off where the format allows it."""
 
+    def own_noise(self, maxima: NDArray[np.float32], columns: int) -> float | None:
+        """About the sum of squared errors of a weight with scales of its own, if it shares one; else None.
+
+        ``maxima``: (N,) largest magnitude of every row. ``columns``: K.
+        """
+
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         """``quantization_config`` of a serialized checkpoint: exactly the keys that engines accept."""
+
+
+def known(fact: float | None, name: str) -> float:
+    """One of the ``Facts``.
+
+    Raises:
+        OmniConvertError: it was not measured.
+    """
+    if fact is None:
+        raise OmniConvertError(f"facts.{name} of this weight is unknown, expected a number. Measure it first.")
+    return fact
 
 
 def row_slice(fmt: Format, start: int, stop: int) -> slice:

@@ -49,13 +49,14 @@ def nonfinite_place(bits: NDArray[Any], dtype: str) -> tuple[int, int] | None:
     return int(row), int(column)
 
 
-def amax(bits: NDArray[Any], dtype: str) -> np.float32:
-    """Largest magnitude of stored bits (any shape, not empty); NaN or Inf if one of them is.
+def row_maxima(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Largest magnitude of every row of stored bits (n, K), not empty; NaN or Inf if one of them is.
 
     Among values of one sign the pattern grows with the magnitude: read as signed integers the largest is the largest
     of the positive values, read as unsigned ones the largest of the negative.
     """
     sign = 1 << (8 * bits.itemsize - 1)
-    largest = max(0, int(bits.view(f"i{bits.itemsize}").max()), int(bits.max()) - sign)
-    value: np.float32 = to_float32(np.array([largest], NUMPY_DTYPE[dtype]), dtype)[0]
-    return value
+    positive = bits.view(f"i{bits.itemsize}").max(axis=1).astype(np.int64)
+    negative = bits.max(axis=1).astype(np.int64) - sign
+    largest = np.maximum(np.maximum(positive, negative), 0)
+    return to_float32(largest.astype(NUMPY_DTYPE[dtype]), dtype)

@@ -14,6 +14,7 @@ from omni_convert.formats.errors import OmniConvertError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -106,6 +107,19 @@ def reference_rows(
 class Rows:
     """``quantize_rows`` and ``dequantize_rows`` of a format: by its kernels, or by its reference where they fail."""
 
+    @property
+    def is_fused(self) -> bool:
+        """See ``Format``; most formats are no different."""
+        return False
+
+    def fused(self) -> Self:
+        """See ``Format``; most formats are no different."""
+        return self
+
+    def own_noise(self, maxima: NDArray[np.float32], columns: int) -> float | None:
+        """See ``Format``; most formats lose nothing worth telling."""
+        return None
+
     def compiled_rows(
         self,
         bits: NDArray[Any],
@@ -147,13 +161,13 @@ class Rows:
         )
 
 
-def amax(bits: NDArray[Any], dtype: str) -> np.float32:
-    """Largest magnitude of stored bits (n, K), not empty; NaN or Inf if one of them is."""
+def row_maxima(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Largest magnitude of every row of stored bits (n, K), not empty; NaN or Inf if one of them is."""
     from omni_convert.formats import bits as stored
 
-    def kernel() -> np.float32:
+    def kernel() -> NDArray[np.float32]:
         from omni_convert.formats import fp8_kernels
 
-        return fp8_kernels.largest_magnitude(stored.kernel_bits(bits, dtype))
+        return fp8_kernels.row_maxima(stored.kernel_bits(bits, dtype))
 
-    return first_working(kernel, lambda: stored.amax(bits, dtype))
+    return first_working(kernel, lambda: stored.row_maxima(bits, dtype))

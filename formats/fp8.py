@@ -36,12 +36,13 @@ from omni_convert.formats.base import (
     Facts,
     NonFinite,
     checked_float32,
+    known,
     refuse_shape,
     stack_experts,
     unstack_experts,
 )
 from omni_convert.formats.engine import Rows
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import UsageError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.scales import absmax_scales
 
@@ -157,7 +158,7 @@ class Fp8(Rows):
         codes = mx.round_elements(w / _expand(scale, block, w.shape), mx.E4M3).to(torch.float8_e4m3fn)
         result = {"weight": codes, self._scale_suffix: scale if self.block_size else scale.flatten()}
         if self._is_static:
-            result["input_scale"] = torch.full((1,), _known(facts.input_scale, "input_scale"), device=w.device)
+            result["input_scale"] = torch.full((1,), known(facts.input_scale, "input_scale"), device=w.device)
         return result
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -176,10 +177,10 @@ class Fp8(Rows):
 
         if self.granularity != "tensor":
             return {}
-        amax = np.array([_known(facts.amax, "amax")], np.float32)
+        amax = np.array([known(facts.amax, "amax")], np.float32)
         result: dict[str, NDArray[Any]] = {"weight_scale": absmax_scales(amax, LARGEST, CLIPS, np)}
         if self._is_static:
-            result["input_scale"] = np.array([_known(facts.input_scale, "input_scale")], np.float32)
+            result["input_scale"] = np.array([known(facts.input_scale, "input_scale")], np.float32)
         return result
 
     def compiled_rows(
@@ -194,7 +195,7 @@ class Fp8(Rows):
 
         stored, codes = kernel_bits(bits, dtype), out["weight"]
         if self.granularity == "tensor":
-            if not math.isfinite(_known(facts.amax, "amax")):
+            if not math.isfinite(known(facts.amax, "amax")):
                 place = nonfinite_place(bits, dtype)
                 return NonFinite(*place) if place else None
             self._shared_rows(stored, codes, power, facts)
@@ -248,7 +249,7 @@ class Fp8(Rows):
         from omni_convert.formats import fp8_kernels
 
         scale = self.whole(bits.shape, facts)["weight_scale"][0]
-        fp8_kernels.fp8_shared(bits, codes, scale, power, np.float32(_known(facts.amax, "amax")))
+        fp8_kernels.fp8_shared(bits, codes, scale, power, np.float32(known(facts.amax, "amax")))
 
     def _scaled_rows(
         self, bits: NDArray[Any], codes: NDArray[Any], scale: NDArray[Any], power: NDArray[np.float64] | None
@@ -303,12 +304,6 @@ def _check_block_size(block: Sequence[object]) -> None:
         raise UsageError(
             f"--block-size has {numbers[1]} columns, expected a multiple of 16 up to {LARGEST_BLOCK}, as in 128x128."
         )
-
-
-def _known(fact: float | None, name: str) -> float:
-    if fact is None:
-        raise OmniConvertError(f"fp8: facts.{name} of this weight is unknown, expected a number. Measure it first.")
-    return fact
 
 
 def _block_amax(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

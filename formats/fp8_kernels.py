@@ -68,18 +68,16 @@ def _part(bits: Any, n: Any, codes: Any, span: Any, step: Any, largest: Any, wan
 
 
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _largest(bits: Any) -> Any:
-    sizes = magnitude(load(bits, 0, 0))
+def _row_maxima(bits: Any, maxima: Any) -> None:
     for n in range(len(bits)):
-        for start in range(0, bits.shape[1], BLOCK):
-            sizes = larger(sizes, magnitude(load(bits, n, start)))
-    return widen_one(largest_lane(sizes))
+        maxima[n] = amax(bits, n)
 
 
-def largest_magnitude(bits: NDArray[Any]) -> np.float32:
-    """Largest magnitude of ``bits`` (n, K), not empty; NaN or Inf if one of them is."""
-    largest: np.float32 = np.float32(_largest(whole_blocks(bits)))
-    return largest
+def row_maxima(bits: NDArray[Any]) -> NDArray[np.float32]:
+    """Largest magnitude of every row of ``bits`` (n, K), not empty; NaN or Inf if one of them is."""
+    maxima = np.empty(len(bits), np.float32)
+    _row_maxima(whole_blocks(bits), maxima)
+    return maxima
 
 
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]

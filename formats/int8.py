@@ -8,8 +8,9 @@
 ``fast``: scale = amax(row) / 127 in float32; code = round_half_even(w / scale), true division. ``balanced`` searches
 the scale (``search``), clips to [-128, 127], and so loses less over all. A row of zeros gets scale 1.0 and codes 0. At
 the ends of float32 the scale moves by one unit in the last place: up where it is so small that rounding it would clip
-the row, down where 127 * scale would overflow. Activations are quantized at run time, symmetric, one scale per token;
-no tensor is stored for them. The bias stays as it is.
+the row, down where 127 * scale would overflow. A layer that the engine fuses with others has the group's amax / 127 in
+every row (``fused``), by either quality: vLLM-Omni on CUDA reads one scale only. Activations are quantized at run time,
+symmetric, one scale per token; no tensor is stored for them. The bias stays as it is.
 
     {"quant_method": "int8", "is_checkpoint_int8_serialized": true, "activation_scheme": "dynamic",
      "ignored_layers": [...]}
@@ -21,7 +22,7 @@ and Transformers load it after ``import omni_convert``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from omni_convert.formats.base import (
@@ -30,6 +31,7 @@ from omni_convert.formats.base import (
     Facts,
     NonFinite,
     checked_float32,
+    known,
     refuse_shape,
     stack_experts,
     unstack_experts,
@@ -44,27 +46,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 QMAX = 127.0
+FUSED_SCALES = ("shared", "per-channel")
 NPU_ROWS = 65535
 """vLLM-Omni runs a layer with more rows unquantized on NPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Rows):
-    """INT8 with one float32 scale per output channel."""
+    """INT8 with one float32 scale per output channel.
+
+    ``fused_scale``: whether layers that the engine fuses get one scale (``shared``) or theirs (``per-channel``).
+    ``is_fused``: this is such a layer, with one scale.
+    """
 
     quality: str = "fast"
+    fused_scale: str = "shared"
+    is_fused: bool = False
     name: ClassVar[str] = "int8"
     options: ClassVar[Mapping[str, Sequence[str]]] = {
         "granularity": ("channel",),
         "activation_scheme": ("dynamic",),
         "quality": QUALITIES,
+        "fused_scale": FUSED_SCALES,
     }
     serialized_flag: ClassVar[str] = "is_checkpoint_int8_serialized"
     suffixes: ClassVar[Sequence[str]] = ("weight", "weight_scale")
     ignores_parts: ClassVar[bool] = False
-    whole_suffixes: ClassVar[Sequence[str]] = ()
     rows_per_scale: ClassVar[int] = 1
-    needs: ClassVar[Sequence[str]] = ()
+
+    @property
+    def whole_suffixes(self) -> Sequence[str]:
+        return ("weight_scale",) if self.is_fused else ()
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return ("amax",) if self.is_fused else ()
 
     @property
     def valid_codes(self) -> NDArray[np.bool_]:
@@ -74,7 +90,10 @@ class Int8(Rows):
 
     @property
     def is_searched(self) -> bool:
-        return self.quality != "fast"
+        return self.quality != "fast" and not self.is_fused
+
+    def fused(self) -> Int8:
+        return replace(self, is_fused=self.fused_scale == "shared")
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         refusal = refuse_shape(self.name, shape)
@@ -91,7 +110,10 @@ class Int8(Rows):
         w = checked_float32(weight)
         if w.dim() == 3:
             return stack_experts(self.quantize, w)
-        if self.quality == "fast":
+        if self.is_fused:
+            amax = w.abs().amax() if facts.amax is None else torch.tensor(facts.amax, device=w.device)
+            scale = absmax_scales(amax, QMAX, QMAX + 0.5, torch).expand(len(w), 1).clone()
+        elif self.quality == "fast":
             scale = absmax_scales(w.abs().amax(dim=1, keepdim=True), QMAX, QMAX + 0.5, torch)
         else:
             from omni_convert.formats import search
@@ -108,7 +130,12 @@ class Int8(Rows):
         return tensors["weight"].to(torch.float32) * tensors["weight_scale"]
 
     def whole(self, shape: tuple[int, ...], facts: Facts = NO_FACTS) -> dict[str, NDArray[Any]]:
-        return {}
+        import numpy as np
+
+        if not self.is_fused:
+            return {}
+        scale = absmax_scales(np.array(known(facts.amax, "amax"), np.float32), QMAX, QMAX + 0.5, np)
+        return {"weight_scale": np.full((shape[0], 1), scale, np.float32)}
 
     def compiled_rows(
         self,
@@ -121,15 +148,18 @@ class Int8(Rows):
         from omni_convert.formats import kernels
         from omni_convert.formats.bits import first_nonfinite, kernel_bits
 
-        stored, codes, scale = kernel_bits(bits, dtype), out["weight"], out["weight_scale"]
-        if self.quality == "fast":
+        stored, codes = kernel_bits(bits, dtype), out["weight"]
+        scale = self.whole(bits.shape, facts)["weight_scale"] if self.is_fused else out["weight_scale"]
+        if self.is_fused:
+            row = kernels.int8_codes(stored, codes, scale, power, int(self._qmin))
+        elif self.quality == "fast":
             row = kernels.int8_rows(stored, codes, scale, power)
         else:
             from omni_convert.formats import search_kernels
 
             row = search_kernels.int8_scales(stored, scale[:, 0])
             if row < 0:
-                row = kernels.int8_codes(stored, codes, scale, power)
+                row = kernels.int8_codes(stored, codes, scale, power, int(self._qmin))
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
     def compiled_values(
@@ -149,15 +179,23 @@ class Int8(Rows):
         from omni_convert.formats import search
 
         steps = np.float32(0.5)
-        if self.quality != "fast":
+        if self.is_searched:
             at_end = (tensors["weight"] == QMAX) | (tensors["weight"] == self._qmin)
             steps = np.where(at_end, np.float32(search.INT8_OVERSHOOT), steps)
         bound: NDArray[np.float32] = tensors["weight_scale"] * steps
         return bound
 
+    def own_noise(self, maxima: NDArray[np.float32], columns: int) -> float | None:
+        import numpy as np
+
+        if not self.is_fused:
+            return None
+        steps = np.square(maxima.astype(np.float64) / QMAX)  # an error is anywhere within half a step
+        return float(columns * steps.sum() / 12)
+
     @property
     def _qmin(self) -> float:
-        return -QMAX if self.quality == "fast" else -QMAX - 1
+        return -QMAX - 1 if self.is_searched else -QMAX
 
     def config(self, ignored_layers: Sequence[str]) -> dict[str, Any]:
         return {

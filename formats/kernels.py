@@ -79,15 +79,15 @@ def _int8_rows(bits: Any, codes: Any, scale: Any, power: Any) -> int:
 
 
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
-def _int8_codes(bits: Any, codes: Any, scale: Any, power: Any) -> int:
+def _int8_codes(bits: Any, codes: Any, scale: Any, power: Any, lowest: Any) -> int:
     for n in range(len(bits)):
         largest = amax(bits, n)
         if not np.isfinite(largest):
             return n
         if invertible(bits, scale[n, 0], largest):
-            _row(bits, n, codes, scale[n, 0], np.float32(1) / scale[n, 0], power, -128)
+            _row(bits, n, codes, scale[n, 0], np.float32(1) / scale[n, 0], power, lowest)
         else:
-            _row(bits, n, codes, scale[n, 0], None, power, -128)
+            _row(bits, n, codes, scale[n, 0], None, power, lowest)
     return -1
 
 
@@ -102,10 +102,14 @@ def int8_rows(
 
 
 def int8_codes(
-    bits: NDArray[Any], codes: NDArray[np.int8], scale: NDArray[np.float32], power: NDArray[np.float64] | None
+    bits: NDArray[Any],
+    codes: NDArray[np.int8],
+    scale: NDArray[np.float32],
+    power: NDArray[np.float64] | None,
+    lowest: int,
 ) -> int:
-    """clamp(round_half_even(w / scale), -128, 127) of ``bits`` (n, K) into ``codes`` (n, K).
+    """clamp(round_half_even(w / scale), ``lowest``, 127) of ``bits`` (n, K) into ``codes`` (n, K).
 
     ``scale``: (n, 1), given, such that no weight is beyond 2**21 of its scale. Else as ``int8_rows``.
     """
-    return int(in_whole_blocks(_int8_codes, bits, codes, scale, power))
+    return int(in_whole_blocks(_int8_codes, bits, codes, scale, power, lowest))

@@ -26,7 +26,7 @@ import torch
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.bits import OUTPUT_DTYPE
-from omni_convert.formats.engine import amax
+from omni_convert.formats.engine import row_maxima
 
 TORCH_ROWS = 2048  # of the matrix, for the sides that take long; their float32 temporaries do not fit a cache either
 CHUNK_BYTES = 256 << 10  # of BF16: with float32 temporaries about a level-2 cache
@@ -58,7 +58,7 @@ def quantizer(fmt: Format, bits: Any, out: dict[str, Any], power: Any) -> Task:
     """Our kernel; a format that needs the weight's largest magnitude finds it first, which counts."""
 
     def run() -> None:
-        facts = Facts(amax=float(amax(bits, "BF16"))) if "amax" in fmt.needs else Facts()
+        facts = Facts(amax=float(row_maxima(bits, "BF16").max())) if "amax" in fmt.needs else Facts()
         assert fmt.quantize_rows(bits, "BF16", out, power, facts) is None
 
     return run
@@ -143,7 +143,7 @@ def measure(name: str, weight: torch.Tensor, rounds: int, slow_rounds: int) -> d
     """Rates in GB/s of BF16 and ratios to memcpy for one format."""
     fmt = make_format(**CHOICES[name])
     bits = weight.view(torch.uint16).numpy()
-    facts = Facts(amax=float(amax(bits, "BF16")))
+    facts = Facts(amax=float(row_maxima(bits, "BF16").max()))
     out, power = outputs(fmt, bits), np.empty((len(bits), 2))
     whole = fmt.whole(bits.shape, facts)
     copy = np.empty_like(bits)

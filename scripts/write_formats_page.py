@@ -23,7 +23,7 @@ from demo_models import minilm_path
 
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Facts, Format
-from omni_convert.formats.engine import amax
+from omni_convert.formats.engine import row_maxima
 from omni_convert.formats.target import TARGETS, format_kind
 
 PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
@@ -98,7 +98,7 @@ def configs() -> str:
 def sqnr_db(fmt: Format, weight: torch.Tensor) -> float:
     """Signal-to-quantization-noise ratio of one BF16 weight."""
     bits = weight.view(torch.uint16).numpy()
-    facts = Facts(amax=float(amax(bits, "BF16")))
+    facts = Facts(amax=float(row_maxima(bits, "BF16").max()))
     power = np.empty((len(bits), 2))
     assert fmt.quantize_rows(bits, "BF16", outputs(fmt, bits), power, facts) is None
     signal, noise = power.sum(axis=0)

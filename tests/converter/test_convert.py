@@ -204,7 +204,7 @@ def test_tensors_stay_aligned(tmp_path: Path) -> None:
 
 
 def test_same_bytes_for_any_number_of_threads_and_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 256)  # many jobs even here
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 256)  # many jobs even here
     source = write_pipeline(tmp_path / "model")
     outputs = []
     for run, threads in enumerate([1, 2, 2, 7, None]):
@@ -258,7 +258,7 @@ def test_exact_layer_has_no_finite_sqnr(tmp_path: Path) -> None:
 def test_nonfinite_weight_is_named_and_nothing_is_left(
     tmp_path: Path, dtype: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 512)  # the row is not in the first job
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 512)  # the row is not in the first job
     values = np.ones((40, 30), np.float32)
     values[37, 11] = value
     source = write_model(tmp_path / "model", {}, {"a.weight": random(9, 9), "b.c.weight": to_bits(values, dtype)})
@@ -301,7 +301,7 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 
 
 def test_source_file_with_the_name_of_an_unfinished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 64)
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 64)
     source = write_model(tmp_path / "model")
     (source / "data").write_bytes(b"x" * 128)
     (source / "data.partial").write_bytes(b"y")

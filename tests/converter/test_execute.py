@@ -27,7 +27,7 @@ def run(source: Path, out: Path, **options: Any) -> tuple[Outcome, list[int]]:
 
 
 def test_progress_adds_up_to_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 100)
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 100)
     source = write_model(tmp_path / "model")
     (source / "more").write_bytes(bytes(1234))
     outcome, done = run(source, tmp_path / "out")
@@ -55,7 +55,7 @@ def test_sqnr(signal: float, noise: float, decibel: float) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_first_error_stops_every_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 48)
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 48)
     bad = random(1000, 24)
     bad.bits[0, 0] = 0x7F80
     source = write_model(tmp_path / "model", {}, {"a.weight": bad})
@@ -66,7 +66,7 @@ def test_first_error_stops_every_thread(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_row_wider_than_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 32)
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 32)
     outcome, done = run(write_model(tmp_path / "model", {}, {"a.weight": random(3, 200)}), tmp_path / "out")
     assert sorted(done) == [0, 400, 400, 400]
     assert outcome.errors.keys() == {("", "a")}

@@ -65,7 +65,7 @@ def interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("omni_convert.converter.folder.OutputFolder.give_back", OutputFolder._unlock)
-        patch.setattr("omni_convert.converter.execute._run_jobs", _run_two_jobs)
+        patch.setattr("omni_convert.converter.execute.run_jobs", _run_two_jobs)
         with pytest.raises(KeyboardInterrupt):
             to_int8(source, out)
     return out

@@ -30,7 +30,7 @@ from omni_convert.converter.inspect import inspect
 from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.verify import verify
 from omni_convert.formats import format_label, make_format
-from omni_convert.formats.base import Format
+from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import read_header
 
@@ -126,9 +126,17 @@ def test_tensors_are_those_of_the_reference(made: Made, qwen_image: Path) -> Non
         with safe_open(path, "pt") as file:
             source |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for layer, tensors in layers_of(made):
-        expected = made.fmt.quantize(source[f"{layer}.weight"])
+        expected = made.fmt.quantize(source[f"{layer}.weight"], Facts(amax=_amax_of_group(source, layer)))
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(as_bytes(tensors[name]), as_bytes(expected[name])) for name in expected), layer
+
+
+def _amax_of_group(source: dict[str, torch.Tensor], layer: str) -> float:
+    """Queries, keys and values share what belongs to a weight as a whole."""
+    attention, _, name = layer.rpartition(".")
+    fused = [group for group in (["to_q", "to_k", "to_v"], ["add_q_proj", "add_k_proj", "add_v_proj"]) if name in group]
+    members = [f"{attention}.{member}" for member in fused[0]] if fused else [layer]
+    return max(float(source[f"{member}.weight"].abs().max()) for member in members)
 
 
 def test_verify_finds_nothing(made: Made, qwen_image: Path) -> None:
@@ -159,7 +167,7 @@ def test_inspect_names_the_format(made: Made) -> None:
 def test_same_bytes_with_two_threads(
     made: Made, qwen_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.execute.JOB_BYTES", 2048)  # many jobs even here
+    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 2048)  # many jobs even here
     convert(qwen_image, tmp_path / "out", **chosen(made.kind), ignore=["img_mlp"], threads=2)
     assert snapshot(tmp_path / "out") == snapshot(made.out)
 

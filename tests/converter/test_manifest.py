@@ -31,11 +31,12 @@ def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
     assert manifest["omni_convert"] == __version__
     assert manifest["recipe"] == {
         "method": "int8",
-        "options": {"quality": "fast"},
+        "options": {"quality": "fast", "fused_scale": "shared"},
         "ignore": ["txt_mlp", "*.attn.to_out.0"],
         "components": [],
         "target": "vllm-omni",
         "default_ignore": True,
+        "ignore_whole_group": False,
     }
     written = {name: digest for name, digest in snapshot(out).items() if digest and name != "omni_convert.json"}
     assert manifest["files"] == {

@@ -66,8 +66,6 @@ def test_recipe_survives_its_dict(ignore: list[str], components: list[str]) -> N
 def test_target_survives_its_dict() -> None:
     recipe = make_recipe(method="int8", target="omni-convert", default_ignore=False)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
-    older = {key: value for key, value in make_recipe(method="int8").to_dict().items() if "target" not in key}
-    assert Recipe.from_dict(older) == make_recipe(method="int8")
     with pytest.raises(UsageError, match="--target is 'vllm'"):
         make_recipe(method="int8", target="vllm")
 

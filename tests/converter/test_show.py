@@ -29,7 +29,7 @@ def test_groups(planned: Plan) -> None:
     assert actions == sorted(actions, key=lambda action: action.startswith("keep"))
     found = {group.pattern: group for group in groups}
     query = found["transformer_blocks.*.attn.to_q"]
-    assert (query.count, query.action, query.weights) == (2, "int8", 2 * 16 * 16)
+    assert (query.count, query.action, query.weights) == (2, "int8 (one scale)", 2 * 16 * 16)
     assert (query.bytes_before, query.bytes_after) == (2 * 16 * 16 * 2, 2 * (16 * 16 + 4 * 16))
     ignored = found["transformer_blocks.*.img_mlp.net.2"]
     assert (ignored.count, ignored.action, ignored.why) == (2, "keep BF16", "--ignore img_mlp")

@@ -21,6 +21,7 @@ FACTS = Facts(input_scale=0.25)
 CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("int8", {}),
     ("int8", {"quality": "balanced"}),
+    ("int8", {"fused_scale": "per-channel"}),
     ("fp8", {}),
     ("fp8", {"activation_scheme": "static"}),
     ("fp8", {"granularity": "channel"}),
@@ -35,7 +36,8 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("mxfp4_dualscale", {"quality": "balanced"}),
 ]
 MADE = [make_format(method, **options) for method, options in CHOICES]
-every = pytest.mark.parametrize("fmt", MADE, ids=format_label)
+FUSED = [make_format("int8").fused(), make_format("int8", quality="balanced").fused()]
+every = pytest.mark.parametrize("fmt", MADE + FUSED, ids=format_label)
 
 
 @every
@@ -134,7 +136,8 @@ def test_options_make_the_format_again(method: str, options: dict[str, Any]) -> 
 
 def test_labels() -> None:
     assert [format_label(fmt) for fmt in MADE] == [
-        "int8", "int8 (balanced)", "fp8", "fp8 (static)", "fp8 (channel)", "fp8 (channel balanced)",
+        "int8", "int8 (balanced)", "int8 (fused per-channel)", "fp8", "fp8 (static)", "fp8 (channel)",
+        "fp8 (channel balanced)",
         "fp8 (block 2x64)", "fp8 (block 2x64 balanced)", "mxfp8", "mxfp8 (rule floor)", "mxfp4", "mxfp4 (balanced)",
         "mxfp4_dualscale", "mxfp4_dualscale (balanced)",
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from quantized import DTYPES, INFINITY, SIGN, as_bytes, check_same_bits, into_torch, run_kernel, weights
 
 from omni_convert.formats.base import Facts, NonFinite
-from omni_convert.formats.bits import amax
+from omni_convert.formats.bits import row_maxima
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.header import TensorSpec
@@ -122,7 +122,7 @@ def test_scales_in_exact_arithmetic(weight: Tensor) -> None:
 def test_pieces_of_whole_blocks_do_not_know_of_each_other(kind: str, weight: Tensor, blocks: int) -> None:
     fmt = KINDS[kind]
     cut = blocks * fmt.rows_per_scale
-    facts = Facts(amax=float(amax(weight.bits, weight.dtype)), input_scale=0.25)
+    facts = Facts(amax=float(row_maxima(weight.bits, weight.dtype).max()), input_scale=0.25)
     whole, joined = run_kernel(fmt, weight), []
     for bits in (weight.bits[:cut], weight.bits[cut:]):
         if len(bits):

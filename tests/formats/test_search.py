@@ -268,8 +268,8 @@ def test_int8_codes(weight: Tensor) -> None:
     (scale,) = kernel("int8", bits)
     codes, again = np.full((2, *bits.shape), 99, np.int8)
     power = np.full((len(bits), 2), 99.0)
-    assert kernels.int8_codes(bits, codes, scale[:, None], power) == -1
-    assert kernels.int8_codes(bits, again, scale[:, None], None) == -1
+    assert kernels.int8_codes(bits, codes, scale[:, None], power, -128) == -1
+    assert kernels.int8_codes(bits, again, scale[:, None], None, -128) == -1
     assert again.tobytes() == codes.tobytes()
     ratio = scaled("int8", values, (scale,))
     assert (codes == ratio.round().clamp(-128, 127).numpy()).all()
@@ -306,5 +306,5 @@ def test_codes_report_non_finite_rows() -> None:
     bits = to_bits(np.ones((3, 64))).bits
     bits[1, 3] = 0x7F80
     one, fine = np.ones((3, 1), np.float32), np.full((3, 2), 127, np.uint8)
-    assert kernels.int8_codes(bits, np.empty((3, 64), np.int8), one, None) == 1
+    assert kernels.int8_codes(bits, np.empty((3, 64), np.int8), one, None, -128) == 1
     assert dual_kernels.dual_codes(bits, np.empty((3, 64), np.uint8), fine, one, None) == 1
