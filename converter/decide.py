@@ -49,7 +49,8 @@ class View:
     @cached_property
     def names(self) -> frozenset[str]:
         """Every name of every layer: the checkpoint's and the engine's."""
-        return frozenset((*self.layers, *self.peers))
+        experts = [name for name, tensor, _ in self.component.tensors() if holds_experts(name, tensor.spec)]
+        return frozenset((*self.layers, *self.peers, *experts))
 
     @cached_property
     def table(self) -> Architecture | None:
@@ -131,7 +132,10 @@ class View:
             return Decision(format=None, reason=reason)
 
         layer, recipe = name.removesuffix(".weight"), self.recipe
-        if not name.endswith(".weight"):
+        named = name.endswith(".weight")
+        if holds_experts(name, spec) and not (named and len(spec.shape) == 2):
+            return keep(f"experts merged into one {len(spec.shape)}-D tensor, which no linear layer has")
+        if not named:
             return keep("not a weight")
         if spec.dtype not in FLOAT_DTYPES:
             return keep(f"{spec.dtype} is not BF16, F16 or F32")
@@ -140,6 +144,8 @@ class View:
         role = self.table.role(layer, recipe.method) if self.table else guess_role(layer)
         if not role.is_linear:
             return keep(role.reason)
+        if not self.table and layer in self._read_by_attention:
+            return keep("torch's own attention reads this weight past the layer")
         for pattern in recipe.ignore:
             if pattern.matches(self._known_as(pattern, layer)):
                 return keep(f"--ignore {pattern}")
@@ -154,6 +160,12 @@ class View:
         if not self.fuses(layer):
             return Decision(format=recipe.format, reason=role.reason)
         return Decision(format=recipe.format.fused(), reason=role.reason)
+
+    @cached_property
+    def _read_by_attention(self) -> frozenset[str]:
+        """Output projections of ``torch.nn.MultiheadAttention``."""
+        names = (name for name, _, _ in self.component.tensors() if name.endswith(".in_proj_weight"))
+        return frozenset(f"{name.removesuffix('in_proj_weight')}out_proj" for name in names)
 
     @cached_property
     def _uneven_layers(self) -> frozenset[str]:
@@ -216,6 +228,19 @@ class View:
         harm.
         """
         return {name for layer in layers for name in (layer, self.runtime_name(layer))}
+
+
+def holds_experts(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor is the matrix of a routed expert, or those of several, whatever its class calls it."""
+    shape = spec.shape
+    if len(shape) < 2 or spec.dtype not in FLOAT_DTYPES or name.endswith("bias"):
+        return False
+    stack = len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= _NO_KERNEL
+    return stack or "experts" in name.split(".")
+
+
+_NO_KERNEL = 32
+"""Convolution kernels, the other 3-D weights, are shorter."""
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.decide import Decision, View, natural_key
+from omni_convert.converter.decide import Decision, View, holds_experts, natural_key
 from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import exact_pattern, stored_config
@@ -23,7 +23,8 @@ _QUANTIZED_NAME = re.compile(
     r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
     r"wscales|weight_zero_point|input_scale|mul_scale|pre_quant_scale|quant_state|SCB|absmax)$"
 )
-_CODE_DTYPES = re.compile(r"^(I8|U8|F8_|F4|F6_)")
+_CODE_DTYPES = re.compile(r"F8_|F4|F6_")
+_CODES_OF_A_WEIGHT = ("I8", "U8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class TensorPlan:
 
     @property
     def is_matrix(self) -> bool:
-        """A weight matrix, or a stack of those of experts, whose parameters some classes do not call weight."""
-        sides = len(self.source.spec.shape)
-        return (sides == 2 and self.name.endswith(".weight")) or (sides == 3 and ".experts." in self.name)
+        """A weight matrix, or those of experts, whose parameters some classes do not call weight."""
+        spec = self.source.spec
+        return (len(spec.shape) == 2 and self.name.endswith(".weight")) or holds_experts(self.name, spec)
 
     @cached_property
     def outputs(self) -> dict[str, TensorSpec]:
@@ -162,7 +163,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     parts = [_plan_component(view) for view in views]
     for part in parts:
         _check_quantizes(part, checkpoint, recipe)
-    warnings = _warnings(views)
+    warnings = _warnings(views) + _kept_experts(parts, recipe)
     for place, view in enumerate(views):
         encoder = _encoder_layers(view, checkpoint, parts)
         if encoder is None:
@@ -209,6 +210,30 @@ def _warnings(views: Sequence[View]) -> list[str]:
         )
     rules = [rule for view in views for rule in view.target.cautions if rule.holds(view.architecture, view.kind)]
     return warnings + [f"{rule.reason}." for rule in dict.fromkeys(rules)]
+
+
+def _kept_experts(parts: Sequence[ComponentPlan], recipe: Recipe) -> list[str]:
+    """A warning if experts, in most models that have some nearly all of the weights, stay unquantized unasked."""
+    tensors = [tensor for part in parts for tensor in part.tensors()]
+    kept = [
+        tensor
+        for tensor in tensors
+        if holds_experts(tensor.name, tensor.source.spec)
+        and not tensor.decision.format
+        and not tensor.decision.reason.startswith("--ignore")
+        and not any(pattern.matches(tensor.layer) for pattern in recipe.ignore)
+    ]
+    share = sum(tensor.bytes_after for tensor in kept) / sum(tensor.source.spec.nbytes for tensor in tensors)
+    if share <= _CONSIDERABLE:
+        return []
+    first = kept[0]
+    return [
+        f"{share:.0%} of the bytes stay {first.source.spec.dtype}: the experts are not quantized (such as "
+        f"{printable(first.layer)}: {first.decision.reason})."
+    ]
+
+
+_CONSIDERABLE = 0.1
 
 
 def _encoder_layers(view: View, checkpoint: Checkpoint, parts: Sequence[ComponentPlan]) -> set[str] | None:
@@ -268,7 +293,8 @@ def _refuse_quantized(component: Component) -> None:
                 f"expected BF16, FP16 or FP32 weights. {remedy}"
             )
     for name, tensor, shard in component.tensors():
-        is_codes = name.endswith(".weight") and _CODE_DTYPES.match(tensor.spec.dtype)
+        dtype = tensor.spec.dtype
+        is_codes = _CODE_DTYPES.match(dtype) or (dtype in _CODES_OF_A_WEIGHT and name.endswith(".weight"))
         if is_codes or _QUANTIZED_NAME.search(name):
             raise OmniConvertError(
                 f"{shard.path}: the source is already quantized (tensor {printable(name)} holds {tensor.spec.dtype} "

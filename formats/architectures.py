@@ -170,7 +170,9 @@ _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
     ("routed-expert", re.compile(r"(^|\.)experts(\.|$)")),
     # Mamba's module reads this weight itself, past the layer.
     ("time-step", re.compile(r"(^|\.)dt_proj$")),
-    ("router", re.compile(r"router|(^|\.)(gate|wg|gate_inp)$")),
+    ("router", re.compile(r"router|(^|\.)(gate|wg|gate_inp|shared_expert_gate)$")),
+    # Engines build the ends of a multi-token-prediction layer without a quantization config.
+    ("prediction-head", re.compile(r"(^|\.)(eh_proj|shared_head|mtp\.fc)(\.|$)")),
     ("output-head", re.compile(r"(^|\.)(lm_head|classifier|score|pooler)(\.|$)|^(\w+\.)?(head|cls|qa_outputs)(\.|$)")),
     ("output-head", re.compile(r"^(proj_out|final_layer|final_linear|output|out_proj|out)(\.|$)")),
     ("input-projection", re.compile(r"^(\w+_in|proj_in)(\.|$)")),

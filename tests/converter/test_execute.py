@@ -73,14 +73,17 @@ def test_row_wider_than_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:
-    """200 MB of weights, read through buffers: the process stays about as small as one that only plans."""
+    """200 MB of weights, and 100 MB that are kept, go through buffers: the process stays about as small as one that
+    only plans."""
     rows, columns, layers = 4096, 2048, 12
     size = 2 * rows * columns
     header = {f"blocks.{n}.ff.weight": entry("BF16", [rows, columns], n * size, (n + 1) * size) for n in range(layers)}
+    end = layers * size
+    header["embed_tokens.weight"] = entry("BF16", [6 * rows, columns], end, end + 6 * size)
     path = tmp_path / "x.safetensors"
     with path.open("wb") as file:
         start = file.write(file_bytes(header))
-        file.truncate(start + layers * size)  # holes: zeros
+        file.truncate(start + end + 6 * size)  # holes: zeros
     small = write_model(tmp_path / "small", {}, {"a.weight": Tensor("BF16", np.zeros((8, 8), "<u2"))})
     planned = json.loads(_peak(["--dry-run", "--json", "--threads", "2", path, tmp_path / "out"])[0])
     _, base = _peak(["--threads", "2", small, tmp_path / "small-out"])

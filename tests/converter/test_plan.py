@@ -166,6 +166,7 @@ def test_nothing_left_to_quantize(qwen: Path, tmp_path: Path) -> None:
         ({"compression_config": {"quant_method": "compressed-tensors"}}, {}, ["'compressed-tensors'"]),
         ({}, {"b.weight": Tensor("I8", random(4, 4, dtype="F32").bits.astype("u1"))}, ["b.weight", "I8"]),
         ({}, {"b.weight": Tensor("F8_E4M3", random(4, 4).bits.astype("u1"))}, ["b.weight", "F8_E4M3"]),
+        ({}, {"experts.b": Tensor("F8_E4M3", random(2, 4, 4).bits.astype("u1"))}, ["experts.b", "F8_E4M3"]),
         ({}, {"b.weight_scale": random(4, dtype="F32")}, ["b.weight_scale"]),
         ({}, {"b.qweight": random(4, 4)}, ["b.qweight"]),
         ({}, {"b.weight_scale_inv": random(4, dtype="F32")}, ["b.weight_scale_inv"]),

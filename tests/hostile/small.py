@@ -83,6 +83,20 @@ def read_weights(path: Path) -> dict[str, Stored]:
     return {name: Stored(item["dtype"], tuple(item["shape"]), bytes(item["data"])) for name, item in found}
 
 
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """All safetensors files of a folder."""
+    return {name: item for path in folder.glob("*.safetensors") for name, item in read_weights(path).items()}
+
+
+def as_stored(tensor: Tensor) -> Stored:
+    return Stored(tensor.dtype, tensor.bits.shape, tensor.bits.tobytes())
+
+
+def as_tensor(stored: Stored) -> Tensor:
+    """A stored float tensor, to be written again."""
+    return Tensor(stored.dtype, np.frombuffer(stored.data, _FLOATS[stored.dtype]).reshape(stored.shape))
+
+
 def write_json(path: Path, data: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(data if isinstance(data, str) else json.dumps(data))
