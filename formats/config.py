@@ -1,11 +1,13 @@
-"""``quantization_config``: what a checkpoint says about itself. ``parse_config`` and ``to_dict`` are inverse."""
+"""How a model is quantized: what a checkpoint says about itself. ``parse_config`` and ``to_dict`` are inverse."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
@@ -13,17 +15,57 @@ from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.mxfp4 import MXFP4
 
+MIXED = "omni_convert"
+"""``quant_method`` of a checkpoint whose layers have several formats: only our own loader reads it."""
+
+
+class LayerRule(NamedTuple):
+    """The format of some layers; None: they stay unquantized. ``name``: a pattern, or on disk a layer's exact name."""
+
+    name: str
+    format: Format | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
-    """A serialized checkpoint's format and the layers that stay unquantized (exact names, no patterns)."""
+    """How the linears of a model are quantized: all to ``format``, except what is named.
+
+    ``layers``: in order, the first that matches decides, before ``ignored_layers``, which stay unquantized. Names are
+    patterns (see ``patterns``); of weights that are quantized already (``is_serialized``) they are exact.
+    """
 
     format: Format
     ignored_layers: tuple[str, ...] = ()
+    layers: tuple[LayerRule, ...] = ()
+    is_serialized: bool = False
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """Every format that occurs, the default first."""
+        return tuple(dict.fromkeys((self.format, *(rule.format for rule in self.layers if rule.format))))
+
+    def format_on_disk(self, layer: str) -> Format:
+        """The format of a quantized layer of a serialized checkpoint."""
+        return self._by_name.get(layer, self.format)
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, Format]:
+        return {rule.name: rule.format for rule in self.layers if rule.format}
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of ``config.json``."""
-        return self.format.config(self.ignored_layers)
+        """The JSON object of ``config.json``, of serialized weights.
+
+        With several formats: ``formats``, the configs of each without ignored layers, all but the first with the
+        ``layers`` that have it.
+        """
+        if not self.layers:
+            return self.format.config(self.ignored_layers)
+        formats = []
+        for fmt in self.formats:
+            entry = {key: value for key, value in fmt.config(()).items() if key not in _NAMES_KEYS}
+            named = [rule.name for rule in self.layers if rule.format == fmt]
+            formats.append({**entry, "layers": named} if fmt != self.format else entry)
+        return {"quant_method": MIXED, "formats": formats, "ignored_layers": list(self.ignored_layers)}
 
 
 def stored_config(config: Mapping[str, Any] | None, key: str = "quantization_config") -> Any:
@@ -45,13 +87,13 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
     """
     if not isinstance(data, Mapping):
         raise OmniConvertError(f"{where}: found {printable(data)}, expected an object. Convert the checkpoint again.")
+    if data.get("quant_method") == MIXED:
+        return _parse_mixed(data, where)
     fmt = _announced_format(data, where)
     names_key = "ignore" if "ignore" in fmt.config(()) else "ignored_layers"
-    ignored = data.get(names_key) or ()
-    if not isinstance(ignored, (list, tuple)) or not all(isinstance(name, str) for name in ignored):
-        raise OmniConvertError(f"{where}: {names_key} is {ignored!r}, expected a list of layer names.")
+    ignored = _names(data.get(names_key) or (), names_key, where)
     names = map(_plain_name, ignored) if fmt.ignores_parts else ignored
-    config = QuantizationConfig(format=fmt, ignored_layers=tuple(names))
+    config = QuantizationConfig(format=fmt, ignored_layers=tuple(names), is_serialized=True)
     expected = config.to_dict()
     flag = fmt.serialized_flag
     if flag and data.get(flag, False) is not True:
@@ -69,6 +111,43 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
                 f"{f'{expected[key]!r}' if key in expected else 'no such key'}; {fmt.name} knows {', '.join(expected)}."
             )
     return config
+
+
+def _parse_mixed(data: Mapping[str, Any], where: str) -> QuantizationConfig:
+    entries = data.get("formats")
+    if not isinstance(entries, list) or len(entries) < 2 or not all(isinstance(entry, dict) for entry in entries):
+        raise OmniConvertError(
+            f"{where}: formats is {printable(entries)}, expected a list of at least two objects. "
+            "Convert the checkpoint again."
+        )
+    if unknown := data.keys() - {"quant_method", "formats", "ignored_layers"}:
+        raise OmniConvertError(f"{where}: found {sorted(unknown)[0]}, expected no such key.")
+    formats, rules = [], []
+    for place, entry in enumerate(entries):
+        plain = {key: value for key, value in entry.items() if key != "layers"}
+        formats.append(parse_config(plain, f"{where}: formats[{place}]").format)
+        layers = _names(entry.get("layers", ()), "layers", f"{where}: formats[{place}]")
+        if bool(layers) != bool(place):
+            raise OmniConvertError(
+                f"{where}: formats[{place}] names {len(layers)} layers, expected none for the first format and some "
+                "for every other. Convert the checkpoint again."
+            )
+        rules += [LayerRule(name, formats[-1]) for name in layers]
+    ignored = _names(data.get("ignored_layers") or (), "ignored_layers", where)
+    repeated = [name for name, count in Counter([*(rule.name for rule in rules), *ignored]).items() if count > 1]
+    if repeated or len(set(formats)) < len(formats):
+        what = f"layer {repeated[0]}" if repeated else "a format"
+        raise OmniConvertError(f"{where}: names {what} twice, expected once. Convert the checkpoint again.")
+    return QuantizationConfig(format=formats[0], ignored_layers=tuple(ignored), layers=tuple(rules), is_serialized=True)
+
+
+def _names(value: object, key: str, where: str) -> Sequence[str]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
+        raise OmniConvertError(f"{where}: {key} is {value!r}, expected a list of layer names.")
+    return value
+
+
+_NAMES_KEYS = ("ignored_layers", "ignore")
 
 
 def exact_pattern(name: str) -> str:

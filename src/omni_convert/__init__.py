@@ -24,12 +24,24 @@ if TYPE_CHECKING:
     from omni_convert.converter.convert import convert, plan
     from omni_convert.converter.inspect import inspect
     from omni_convert.converter.verify import verify
+    from omni_convert.formats.quant_config import build_quant_config
 
-__all__ = ["OmniConvertError", "UsageError", "__version__", "convert", "inspect", "load", "plan", "verify"]
+__all__ = [
+    "OmniConvertError",
+    "UsageError",
+    "__version__",
+    "build_quant_config",
+    "convert",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "build_quant_config": "omni_convert.formats.quant_config",
     "convert": "omni_convert.converter.convert",
     "plan": "omni_convert.converter.convert",
     "inspect": "omni_convert.converter.inspect",
