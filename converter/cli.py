@@ -26,6 +26,7 @@ Examples:
   omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
   omni-convert --method fp8 --granularity channel --quality balanced model/ out/
   omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
+  omni-convert --recipe recipe.yaml model/ out/
   omni-convert models
   omni-convert inspect out/
   omni-convert verify out/ --source model/
@@ -107,9 +108,14 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option(
     "--method",
     type=click.Choice(list(FORMATS)),
-    required=True,
     metavar="FORMAT",
     help=f"Format of the quantized weights: {', '.join(FORMATS)}.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Methods, rules and components from a YAML file, or from the omni_convert.json of an earlier conversion.",
 )
 @click.option(
     "--granularity",
@@ -136,14 +142,19 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option(
     "--quality",
     type=click.Choice(QUALITIES),
-    default="fast",
-    show_default=True,
-    help="Scales from the largest weight, or searched for least error: slower to convert, same size and speed after.",
+    help="Scales from the largest weight (fast, default), or searched for least error: same size and speed after.",
 )
 @click.option(
     "--fused-scale",
     type=click.Choice(FUSED_SCALES),
     help="Scales of layers that vLLM-Omni fuses (int8): one, as it needs on CUDA, or all, for Ascend NPUs only.",
+)
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="PATTERN=METHOD",
+    help="Quantize matching layers with another method, or keep them (none). The first match decides. Repeatable.",
 )
 @click.option(
     "--ignore",
@@ -164,16 +175,14 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option(
     "--target",
     type=click.Choice(list(TARGETS)),
-    default=DEFAULT_TARGET,
-    show_default=True,
-    help="The engine that is to load OUT; 'omni-convert models' shows what each can load.",
+    help=f"The engine that is to load OUT (default: {DEFAULT_TARGET}); 'omni-convert models' shows what each can load.",
 )
 @click.option(
     "--component",
     "components",
     multiple=True,
-    metavar="NAME",
-    help="Quantize these components of a pipeline instead of its diffusion transformers. Repeatable.",
+    metavar="NAME[=METHOD]",
+    help="Quantize this component of a pipeline instead of its diffusion transformers. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan; read only headers, write nothing.")
 @click.option("--link", is_flag=True, help="Hard-link files that arrive unchanged instead of copying them.")
@@ -182,29 +191,29 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads; default: all processors.")
 @_json_option
 def convert(
-    model: Path, out: Path, method: str, granularity: str | None, block_size: str | None,
-    activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str,
-    fused_scale: str | None, ignore: tuple[str, ...], ignore_whole_group: bool, no_default_ignore: bool, target: str,
-    components: tuple[str, ...], dry_run: bool,
-    link: bool, overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
+    model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
+    activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str | None,
+    fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
+    no_default_ignore: bool, target: str | None, components: tuple[str, ...], dry_run: bool, link: bool,
+    overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
     from omni_convert.converter.convert import needs, plan, refusal, run
-    from omni_convert.converter.recipe import parse_block_size, read_input_scales
+    from omni_convert.converter.recipe import parse_block_size, read_input_scales, read_recipe
 
     started = time.perf_counter()
     planned = plan(
-        model, method=method, granularity=granularity, block_size=parse_block_size(block_size) if block_size else None,
-        activation_scheme=activation_scheme, scale_rule=scale_rule, quality=quality,
-        fused_scale=fused_scale, ignore=ignore, ignore_whole_group=ignore_whole_group,
+        model, method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
+        block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
+        scale_rule=scale_rule, quality=quality, fused_scale=fused_scale, layers=layers, ignore=ignore,
+        ignore_whole_group=ignore_whole_group,
         components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
         target=target, default_ignore=not no_default_ignore,
     )  # fmt: skip
     for warning in planned.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    if planned.recipe.format.quality != "fast" and not planned.recipe.format.is_searched:
-        label = format_label(planned.recipe.format)
+    for label in [format_label(fmt) for fmt in planned.recipe.formats if fmt.quality != "fast" and not fmt.is_searched]:
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
     if dry_run:
         if obstacle := refusal(planned, out, link=link, overwrite=overwrite):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,12 +35,14 @@ class LayerComparison:
         return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
 
 
-def compare_component(source: Component, out: Component, fmt: Format) -> tuple[list[LayerComparison], list[str]]:
-    """Every layer's error, and every tensor that is not what the source makes it."""
+def compare_component(
+    source: Component, out: Component, formats: Mapping[str, Format]
+) -> tuple[list[LayerComparison], list[str]]:
+    """Every layer's error, and every tensor that is not what the source makes it. ``formats``: by quantized layer."""
     stored = {name: (tensor, shard) for name, tensor, shard in out.tensors()}
     originals = source.tensors()
     with ThreadPoolExecutor(processors()) as pool:
-        tasks = [pool.submit(_compare_tensor, *original, stored, fmt) for original in originals]
+        tasks = [pool.submit(_compare_tensor, *original, stored, formats) for original in originals]
         results = [task.result() for task in tasks]
     layers = [result for result in results if isinstance(result, LayerComparison)]
     problems = [result for result in results if isinstance(result, str)]
@@ -52,11 +55,16 @@ def compare_component(source: Component, out: Component, fmt: Format) -> tuple[l
 
 
 def _compare_tensor(
-    name: str, tensor: StoredTensor, shard: Header, stored: dict[str, tuple[StoredTensor, Header]], fmt: Format
+    name: str,
+    tensor: StoredTensor,
+    shard: Header,
+    stored: dict[str, tuple[StoredTensor, Header]],
+    formats: Mapping[str, Format],
 ) -> LayerComparison | str | None:
     layer = name.removesuffix(".weight")
-    parts = {suffix: stored.get(f"{layer}.{suffix}") for suffix in fmt.suffixes}
-    if name.endswith(".weight") and all(parts.values()):
+    fmt = formats.get(layer) if name.endswith(".weight") else None
+    if fmt:
+        parts = {suffix: stored.get(f"{layer}.{suffix}") for suffix in fmt.suffixes}
         return _compare_layer(layer, tensor, shard, {key: part for key, part in parts.items() if part}, fmt)
     if name not in stored:
         return f"{name}: is missing in the output."

@@ -22,6 +22,7 @@ from omni_convert.converter.tables import mean_db
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
+from omni_convert.formats.quant_config import Spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,15 +75,16 @@ class Report:
         return {"out": str(self.out), **figures, "mean_sqnr_db": number(self.mean_sqnr_db), "worst_layers": worst}
 
 
-def plan(source: str | os.PathLike[str], **choices: Unpack[Choices]) -> Plan:
+def plan(source: str | os.PathLike[str], quantization: Spec = None, **choices: Unpack[Choices]) -> Plan:
     """Decide what a conversion would do, from headers alone. Arguments as in ``convert``."""
-    recipe = make_recipe(**choices)
+    recipe = make_recipe(quantization=quantization, **choices)
     return make_plan(open_checkpoint(Path(source), recipe.components), recipe)
 
 
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    quantization: Spec = None,
     *,
     threads: int | None = None,
     link: bool = False,
@@ -96,23 +98,26 @@ def convert(
     Args:
         source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
         out: a new or empty folder.
+        quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
         threads: default: the processors this process may use. The bytes do not depend on it.
         link: hard-link files that arrive unchanged.
         overwrite: replace what ``out`` holds.
         hash_source: record the sha256 of every source file.
         progress: show a progress bar on stderr (if it is a terminal).
-        choices: ``method``, the format; ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule``,
-            ``quality`` and ``fused_scale`` as ``formats.make_format`` takes them; ``ignore``, layers to keep: parts of
-            names, globs over whole names, or ``re:`` regular expressions; ``ignore_whole_group``: keep all layers that
-            the engine fuses with a kept one; ``components``: of a pipeline, what to quantize, default the diffusion
-            transformers; ``input_scales``: layer -> scale of its activations, for static ones; ``target``: the engine
-            that is to load ``out``; ``default_ignore``: whether what it keeps by default stays.
+        choices: in place of ``quantization`` a ``recipe`` (see ``read_recipe``), or a ``method`` with its options
+            ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule``, ``quality`` and ``fused_scale`` as
+            ``formats.make_format`` takes them. With any of them ``ignore``, layers to keep: parts of names, globs over
+            whole names, or ``re:`` regular expressions; ``layers``: ``PATTERN=METHOD``; ``ignore_whole_group``: keep
+            all layers that the engine fuses with a kept one; ``components``: of a pipeline, what to quantize,
+            ``NAME`` or ``NAME=METHOD``, default the diffusion transformers; ``input_scales``: layer -> scale of its
+            activations, for static ones; ``target``: the engine that is to load ``out``; ``default_ignore``: whether
+            what it keeps by default stays.
 
     Raises:
         OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
     """
     started = time.perf_counter()
-    planned = plan(source, **choices)
+    planned = plan(source, quantization, **choices)
     return run(
         planned, Path(out), threads=threads, link=link, overwrite=overwrite, hash_source=hash_source,
         progress=progress, started=started,
@@ -202,8 +207,8 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
     costs = [error.shared_scale_db for error in outcome.errors.values() if error.shared_scale_db is not None]
     return Report(
         out=folder.path,
-        method=plan.recipe.method,
-        format=format_label(plan.recipe.format),
+        method=" + ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats)),
+        format=" + ".join(map(format_label, plan.recipe.formats)),
         layers=len(outcome.errors),
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from omni_convert.converter.checkpoint import Component
-from omni_convert.converter.recipe import Pattern, Recipe
+from omni_convert.converter.recipe import Recipe
+from omni_convert.formats import format_label
 from omni_convert.formats.architectures import Architecture, guess_role
 from omni_convert.formats.base import Format
+from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
+from omni_convert.formats.patterns import Pattern
+from omni_convert.formats.quant_config import NONE
 from omni_convert.formats.target import TARGETS, Target, find_target, format_kind, kind_flags
 
 
@@ -38,8 +42,18 @@ class View:
         return find_target(self.recipe.target)
 
     @cached_property
+    def config(self) -> QuantizationConfig:
+        """How this component is to be quantized."""
+        return self.recipe.part(self.component.name)
+
+    @cached_property
     def kind(self) -> str:
-        return format_kind(self.recipe.format)
+        return format_kind(self.config.format)
+
+    @cached_property
+    def kinds(self) -> Sequence[str]:
+        """What is asked for: the kind of most layers, then that of each rule, if others."""
+        return tuple(dict.fromkeys(map(format_kind, self.config.formats)))
 
     @cached_property
     def layers(self) -> Sequence[str]:
@@ -91,18 +105,20 @@ class View:
         return peers
 
     def check_target(self) -> None:
-        """Whether the target loads this format for this class, from a config that has room for it.
+        """Whether the target loads these formats for this class, from a config that has room for them.
 
         Raises:
             UsageError: it does not; names the methods that work.
             OmniConvertError: the config lacks the part that takes ``quantization_config``.
         """
-        reason = self.target.refusal(self.architecture, self.kind)
-        if reason:
-            raise UsageError(
-                f"{kind_flags(self.kind)}: {self.target.title} cannot load it for {self.architecture or self.where}: "
-                f"{reason}. {self._remedy()}"
-            )
+        for kind in self.kinds:
+            if reason := self.target.refusal(self.architecture, kind):
+                raise UsageError(
+                    f"{kind_flags(kind)}: {self.target.title} cannot load it for {self.architecture or self.where}: "
+                    f"{reason}. {self._remedy(kind)}"
+                )
+        if self.config.is_mixed and not self.target.mixes:
+            self._refuse_mix()
         part: object = self.component.config
         for key in self.table.config_at if self.table else ():
             part = part.get(key) if isinstance(part, Mapping) else None
@@ -112,12 +128,25 @@ class View:
                     f"{self.architecture}. The download is damaged: fetch it again."
                 )
 
-    def _remedy(self) -> str:
+    def _refuse_mix(self) -> None:
+        """One method for a component is all that the target knows."""
+        default = format_label(self.config.format)
+        plain = self.config.format.config(())
+        rule = next(rule for rule in self.config.layers if rule.format and rule.format.config(()) != plain)
+        other = _method(rule.format)
+        mixing = [name for name, target in TARGETS.items() if target.mixes]
+        raise UsageError(
+            f"--layer {rule.name}={other}: {self.target.title} runs all layers of {self.where} with one method, here "
+            f"{default}. Keep these layers unquantized with --layer {rule.name}=none, convert everything to {other}, "
+            f"or mix for another engine: --target {' or '.join(mixing)}."
+        )
+
+    def _remedy(self, kind: str) -> str:
         working = self.target.working(self.architecture)
         others = [
             name
             for name, target in TARGETS.items()
-            if target.refusal(self._architecture_for(target), self.kind) is None and name != self.target.name
+            if target.refusal(self._architecture_for(target), kind) is None and name != self.target.name
         ]
         remedies = [f"Use {' or '.join(map(kind_flags, working))}."] if working else ["No method works there."]
         remedies += [f"To load it with {TARGETS[name].title} instead: --target {name}." for name in others]
@@ -131,7 +160,7 @@ class View:
         def keep(reason: str) -> Decision:
             return Decision(format=None, reason=reason)
 
-        layer, recipe = name.removesuffix(".weight"), self.recipe
+        layer = name.removesuffix(".weight")
         named = name.endswith(".weight")
         if holds_experts(name, spec) and not (named and len(spec.shape) == 2):
             return keep(f"experts merged into one {len(spec.shape)}-D tensor, which no linear layer has")
@@ -141,25 +170,35 @@ class View:
             return keep(f"{spec.dtype} is not BF16, F16 or F32")
         if len(spec.shape) != 2:
             return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
-        role = self.table.role(layer, recipe.method) if self.table else guess_role(layer)
+        wanted = self._wanted(layer)
+        fmt = wanted.format or self.config.format
+        role = self.table.role(layer, fmt.name) if self.table else guess_role(layer)
         if not role.is_linear:
             return keep(role.reason)
         if not self.table and layer in self._read_by_attention:
             return keep("torch's own attention reads this weight past the layer")
-        for pattern in recipe.ignore:
-            if pattern.matches(self._known_as(pattern, layer)):
-                return keep(f"--ignore {pattern}")
-        rule = self.target.kept_rule(self.architecture, self.kind, layer) if recipe.default_ignore else None
-        if rule:
-            return keep(f"kept by default with {recipe.method}: {rule.reason}")
+        if wanted.format is None:
+            return wanted
         if layer in self._uneven_layers:
-            return keep(f"engines fuse it with others, and blocks of {recipe.format.rows_per_scale} rows would not fit")
-        refusal = recipe.format.refusal(spec.shape)
+            return keep(f"engines fuse it with others, and blocks of {fmt.rows_per_scale} rows would not fit")
+        refusal = fmt.refusal(spec.shape)
         if refusal:
             return keep(refusal)
-        if not self.fuses(layer):
-            return Decision(format=recipe.format, reason=role.reason)
-        return Decision(format=recipe.format.fused(), reason=role.reason)
+        return Decision(format=fmt.fused() if self.fuses(layer) else fmt, reason=wanted.reason or role.reason)
+
+    def _wanted(self, layer: str) -> Decision:
+        """What the rules say of a linear: the first that matches. The reason is empty if none does."""
+        for rule in self.config.layers:
+            if self._matches(rule.name, layer):
+                return Decision(format=rule.format, reason=f"--layer {rule.name}={_method(rule.format)}")
+        for pattern in self.config.ignored_layers:
+            if self._matches(pattern, layer):
+                return Decision(format=None, reason=f"--ignore {pattern}")
+        kept = self.target.kept_rule(self.architecture, self.kind, layer) if self.recipe.default_ignore else None
+        if kept:
+            reason = f"kept by default with {self.config.format.name}: {kept.reason}"
+            return Decision(format=None, reason=reason)
+        return Decision(format=self.config.format, reason="")
 
     @cached_property
     def _read_by_attention(self) -> frozenset[str]:
@@ -174,24 +213,29 @@ class View:
         for name, tensor, _ in self.component.tensors():
             layer = name.removesuffix(".weight")
             group = self.table.group(layer) if self.table else None
-            if group and layer != group[1][-1] and tensor.spec.shape[0] % self.recipe.format.rows_per_scale:
+            if group and layer != group[1][-1] and tensor.spec.shape[0] % self.config.format.rows_per_scale:
                 uneven.update(group[1])
         return frozenset(uneven)
 
-    def _known_as(self, pattern: Pattern, layer: str) -> str:
-        """The name by which a pattern sees a layer: the engine's, if it means no layer there by its own name.
+    def _matches(self, text: str, layer: str) -> bool:
+        """Whether a pattern means a layer, by its own name, or else by the engine's if it means no layer there.
 
         So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
         """
+        pattern, named = self._patterns[text]
         runtime = self.runtime_name(layer)
-        return layer if runtime in self._named[pattern] else runtime
+        return pattern.matches(layer if runtime in named else runtime)
 
     @cached_property
-    def _named(self) -> Mapping[Pattern, frozenset[str]]:
-        """For every pattern: the engine's names of which some layer matches by its own name."""
+    def _patterns(self) -> Mapping[str, tuple[Pattern, frozenset[str]]]:
+        """Every pattern, with the engine's names of which some layer matches by its own name."""
+        patterns = map(Pattern, (*self.config.ignored_layers, *(rule.name for rule in self.config.layers)))
         return {
-            pattern: frozenset(name for name, peers in self.peers.items() if any(map(pattern.matches, peers)))
-            for pattern in self.recipe.ignore
+            str(pattern): (
+                pattern,
+                frozenset(name for name, peers in self.peers.items() if any(map(pattern.matches, peers))),
+            )
+            for pattern in patterns
         }
 
     def decide_all(self) -> dict[str, Decision]:
@@ -228,6 +272,10 @@ class View:
         harm.
         """
         return {name for layer in layers for name in (layer, self.runtime_name(layer))}
+
+
+def _method(fmt: Format | None) -> str:
+    return format_label(fmt) if fmt else NONE
 
 
 def holds_experts(name: str, spec: TensorSpec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,7 @@ def inspect(path: str | os.PathLike[str]) -> Summary:
     manifest = read_json(root / MANIFEST_NAME) if (root / MANIFEST_NAME).is_file() else {}
     made_by = str(manifest.get("omni_convert")) if manifest else None
     recipe = Recipe.parse(manifest.get("recipe"))  # with what no config says: the scale rule and the quality
-    made_as = recipe.format if recipe else None
-    components = tuple(_summarize(open_component(root, name), made_as) for name in find_components(root))
+    components = tuple(_summarize(open_component(root, name), recipe) for name in find_components(root))
     return Summary(path=str(root), made_by=made_by, components=components)
 
 
@@ -107,22 +107,32 @@ def _foreign_scales(component: Component) -> list[str]:
     return sorted(found & {"weight_scale", "weight_scale_inv"})[:1]
 
 
-def announced_format(component: Component) -> Format | None:
-    """The format that a component's config announces, if it is one of ours."""
+def announced_formats(component: Component) -> Sequence[Format]:
+    """The formats that a component's config announces, if it is one of ours."""
     try:
-        return parse_config(stored_config(component.config)).format
+        return parse_config(stored_config(component.config)).formats
     except OmniConvertError:
-        return None
+        return ()
 
 
-def _summarize(component: Component, made_as: Format | None = None) -> ComponentSummary:
-    fmt = announced_format(component)
-    if fmt and made_as and made_as.config(()) == fmt.config(()):
-        fmt = made_as
-    method = format_label(fmt) if fmt else quant_method(component)
-    suffixes = tuple(fmt.suffixes) if fmt else ("weight", *_foreign_scales(component))
-    quantized = quantized_layers(component, suffixes) if len(suffixes) > 1 else set()
-    side = {f"{layer}.{suffix}" for layer in quantized for suffix in suffixes if suffix != "weight"}
+def _method(component: Component, recipe: Recipe | None) -> str | None:
+    """What to call the formats of a component: with what no config says, if its recipe is known."""
+    formats = announced_formats(component)
+    made_as = recipe.formats_of(component.name) if recipe else ()
+    labels = [
+        format_label(next((known for known in made_as if known.config(()) == fmt.config(())), fmt)) for fmt in formats
+    ]
+    return " + ".join(labels) or quant_method(component)
+
+
+def _summarize(component: Component, recipe: Recipe | None = None) -> ComponentSummary:
+    formats = announced_formats(component)
+    method = _method(component, recipe)
+    quantized, side = set[str](), set[str]()
+    for suffixes in [fmt.suffixes for fmt in formats] or [("weight", *_foreign_scales(component))]:
+        found = quantized_layers(component, tuple(suffixes)) if len(suffixes) > 1 else set()
+        quantized |= found
+        side |= {f"{layer}.{suffix}" for layer in found for suffix in suffixes if suffix != "weight"}
     tensors, sizes, weights, kept = Counter[str](), Counter[str](), 0, 0
     for name, tensor, _ in component.tensors():
         tensors[tensor.spec.dtype] += 1

@@ -11,6 +11,8 @@ from typing import Any
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
 from omni_convert.converter.weight_writer import LayerError
+from omni_convert.formats import format_label
+from omni_convert.formats.base import Format
 from omni_convert.formats.header import hash_header
 from omni_convert.formats.layout import CONFIG_NAME
 
@@ -38,7 +40,10 @@ def manifest_bytes(
                 "files": _source_files(plan.checkpoint, files, hash_source=hash_source),
                 "left_out": dict(plan.checkpoint.left_out),
             },
-            "components": {part.component.name: _component(part, errors) for part in plan.components},
+            "components": {
+                part.component.name: _component(part, plan.recipe.part(part.component.name).format, errors)
+                for part in plan.components
+            },
         }
     )
 
@@ -86,12 +91,14 @@ def _stat(path: Path) -> dict[str, Any]:
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def _component(part: ComponentPlan, errors: Mapping[tuple[str, str], LayerError]) -> dict[str, Any]:
+def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, str], LayerError]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
     for tensor in part.tensors():
         decision = tensor.decision
         entry: dict[str, Any] = {"action": decision.format.name if decision.format else "keep", "why": decision.reason}
         if decision.format:
+            if decision.format not in (usual, usual.fused()):
+                entry["format"] = format_label(decision.format)
             error = errors[part.component.name, tensor.layer]
             entry["sqnr_db"] = round(error.sqnr_db, 2) if math.isfinite(error.sqnr_db) else None
             if error.shared_scale_db is not None:

@@ -13,10 +13,10 @@ from typing import Any
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.decide import Decision, View, holds_experts, natural_key
 from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
-from omni_convert.formats.base import Format
-from omni_convert.formats.config import exact_pattern, stored_config
+from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
+from omni_convert.formats.patterns import Pattern
 from omni_convert.formats.target import names_of_encoder
 
 _QUANTIZED_NAME = re.compile(
@@ -80,11 +80,16 @@ class ShardPlan:
 class ComponentPlan:
     component: Component
     shards: tuple[ShardPlan, ...]
-    format: Format
+    quantization: QuantizationConfig
+    """As it is written: exact names."""
     architecture: str | None
-    ignored_layers: tuple[str, ...] = ()
     config_at: Sequence[str] = ()
     """The object in ``config.json`` that takes ``quantization_config``."""
+
+    @property
+    def ignored_layers(self) -> tuple[str, ...]:
+        """The names of everything that stays unquantized."""
+        return self.quantization.ignored_layers
 
     def tensors(self) -> Iterator[TensorPlan]:
         for shard in self.shards:
@@ -96,7 +101,7 @@ class ComponentPlan:
         config = part = dict(self.component.config or {})
         for key in self.config_at:
             part[key] = part = dict(part[key])
-        part["quantization_config"] = self.format.config(self.ignored_layers)
+        part["quantization_config"] = self.quantization.to_dict()
         return encode_json(config)
 
     @property
@@ -158,7 +163,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     views = [View(component, recipe, checkpoint.pipeline_class) for component in checkpoint.components]
     for view in views:
         view.check_target()
-    check_patterns(recipe.ignore, sorted({name for view in views for name in view.names}))
+    _check_patterns(views, recipe)
     _check_scale_names(views, recipe)
     parts = [_plan_component(view) for view in views]
     for part in parts:
@@ -176,11 +181,21 @@ def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> Co
     """``part`` with the names of all that stays unquantized, of which the engine takes none for a quantized layer's."""
     kept = [tensor.layer for tensor in part.tensors() if tensor.is_matrix and not tensor.decision.format]
     names = {*view.engine_names(kept), *encoder}
-    if part.format.ignores_parts:
+    if part.quantization.format.ignores_parts:
         quantized = view.engine_names(tensor.layer for tensor in part.tensors() if tensor.decision.format)
         text = "\n".join(quantized)
         names = {exact_pattern(name) if name in text else name for name in names}
-    return replace(part, ignored_layers=tuple(sorted(names, key=natural_key)))
+    ignored = tuple(sorted(names, key=natural_key))
+    return replace(part, quantization=replace(part.quantization, ignored_layers=ignored))
+
+
+def _check_patterns(views: Sequence[View], recipe: Recipe) -> None:
+    """Every pattern must mean a layer of some component that it was given for."""
+    for name, config in recipe.parts.items():
+        names = sorted({known for view in views if recipe.part(view.component.name) is config for known in view.names})
+        where = f" ({name})" if name else ""
+        check_patterns(f"--ignore{where}", config.ignored_layers, names)
+        check_patterns(f"--layer{where}", (rule.name for rule in config.layers), names)
 
 
 def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -188,12 +203,13 @@ def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe
         return
     where = part.component.name or checkpoint.root.name
     found = f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
-    if recipe.ignore:
-        raise UsageError(f"{found} with these --ignore patterns. Ignore less.")
+    config = recipe.part(part.component.name)
+    if config.ignored_layers or config.layers:
+        raise UsageError(f"{found} with these --ignore and --layer patterns. Keep less.")
     by_default = any(tensor.decision.reason.startswith("kept by default") for tensor in part.tensors())
     remedy = "Use --no-default-ignore" if by_default else "Leave this component as it is"
     raise OmniConvertError(
-        f"{found}, expected linear weights that {recipe.method} can hold ({_reasons(part)}). {remedy}."
+        f"{found}, expected linear weights that {config.format.name} can hold ({_reasons(part)}). {remedy}."
     )
 
 
@@ -220,8 +236,8 @@ def _kept_experts(parts: Sequence[ComponentPlan], recipe: Recipe) -> list[str]:
         for tensor in tensors
         if holds_experts(tensor.name, tensor.source.spec)
         and not tensor.decision.format
-        and not tensor.decision.reason.startswith("--ignore")
-        and not any(pattern.matches(tensor.layer) for pattern in recipe.ignore)
+        and not tensor.decision.reason.startswith(("--ignore", "--layer"))
+        and not any(pattern.matches(tensor.layer) for pattern in _unquantized(recipe))
     ]
     share = sum(tensor.bytes_after for tensor in kept) / sum(tensor.source.spec.nbytes for tensor in tensors)
     if share <= _CONSIDERABLE:
@@ -230,6 +246,14 @@ def _kept_experts(parts: Sequence[ComponentPlan], recipe: Recipe) -> list[str]:
     return [
         f"{share:.0%} of the bytes stay {first.source.spec.dtype}: the experts are not quantized (such as "
         f"{printable(first.layer)}: {first.decision.reason})."
+    ]
+
+
+def _unquantized(recipe: Recipe) -> list[Pattern]:
+    """The patterns of what is to stay as it is."""
+    rules = [rule.name for part in recipe.parts.values() for rule in part.layers if rule.format is None]
+    return [
+        Pattern(text) for text in (*rules, *(name for part in recipe.parts.values() for name in part.ignored_layers))
     ]
 
 
@@ -327,10 +351,19 @@ def _plan_component(view: View) -> ComponentPlan:
     return ComponentPlan(
         component=component,
         shards=tuple(shards),
-        format=recipe.format,
+        quantization=_written_config(view.config, all_tensors),
         architecture=view.architecture,
         config_at=view.table.config_at if view.table else (),
     )
+
+
+def _written_config(wanted: QuantizationConfig, tensors: Iterable[TensorPlan]) -> QuantizationConfig:
+    """What config.json says of ``tensors``: the format of most, by rule, and who has another."""
+    found = {tensor.layer: tensor.decision.format for tensor in tensors if tensor.decision.format}
+    usual = wanted.format if wanted.format.config(()) in (fmt.config(()) for fmt in found.values()) else None
+    fmt = usual or next(iter(found.values()), wanted.format)
+    rules = tuple(LayerRule(layer, other) for layer, other in found.items() if other.config(()) != fmt.config(()))
+    return QuantizationConfig(format=fmt, layers=rules, is_serialized=True)
 
 
 def _check_scale_names(views: Sequence[View], recipe: Recipe) -> None:

@@ -1,66 +1,44 @@
-"""What the user asked for. Command line, Python API and manifest all end in this one value."""
+"""What the user asked for. Command line, Python API, recipe file and manifest all end in this one value."""
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from omni_convert.formats import format_options, make_format
 from omni_convert.formats.base import Format
+from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
+from omni_convert.formats.patterns import Pattern
+from omni_convert.formats.quant_config import (
+    Spec,
+    build_quant_config,
+    component_config,
+    config_spec,
+    parse_layer_rule,
+    with_rules,
+)
 from omni_convert.formats.target import DEFAULT_TARGET, find_target
 
-
-@dataclass(frozen=True)
-class Pattern:
-    """A rule over layer names: ``re:`` regular expression (searched), glob (whole name), or substring.
-
-    ``str(Pattern(text)) == text``.
-    """
-
-    text: str
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.text or self.text == "re:":
-            raise UsageError("--ignore got an empty pattern, expected a part of a layer name, such as img_mlp.")
-        object.__setattr__(self, "_regex", self._compile())
-
-    def __str__(self) -> str:
-        return self.text
-
-    def matches(self, name: str) -> bool:
-        return self._regex.search(name) is not None
-
-    def _compile(self) -> re.Pattern[str]:
-        if self.text.startswith("re:"):
-            try:
-                return re.compile(self.text[3:])
-            except re.error as error:
-                raise UsageError(f"--ignore {self.text}: not a regular expression ({error}).") from error
-        if any(char in self.text for char in "*?["):
-            return re.compile(rf"\A{fnmatch.translate(self.text)}")
-        return re.compile(re.escape(self.text))
+DEFAULT_PART = ""
+"""Stands for the components that are quantized by default, and for a model that is no pipeline."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One conversion: the format, the layers to keep, the pipeline components to quantize (empty: the default).
+    """One conversion.
 
-    ``input_scales``: the recorded scale of every layer's activations, by layer or ``component.layer`` (static
-    activations only). ``target``: the engine that is to load the result. ``default_ignore``: whether layers that the
-    target keeps by default are kept. ``ignore_whole_group``: whether all layers that it fuses with a kept one are.
+    ``parts``: how each component is quantized. ``input_scales``: the recorded scale of every layer's activations, by
+    layer or ``component.layer`` (static activations only). ``target``: the engine that is to load the result.
+    ``default_ignore``: whether layers that the target keeps by default are kept. ``ignore_whole_group``: whether all
+    layers that it fuses with a kept one are.
     """
 
-    format: Format
-    ignore: tuple[Pattern, ...] = ()
-    components: tuple[str, ...] = ()
+    parts: Mapping[str, QuantizationConfig]
     input_scales: Mapping[str, float] = field(default_factory=dict)
     target: str = DEFAULT_TARGET
     default_ignore: bool = True
@@ -68,7 +46,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         find_target(self.target)
-        needed = "input_scale" in self.format.needs
+        needed = any("input_scale" in fmt.needs for fmt in self.formats)
         if needed and not self.input_scales:
             raise UsageError(
                 "--activation-scheme static writes an input_scale for every layer, and the source holds none. Give "
@@ -89,15 +67,29 @@ class Recipe:
                 )
 
     @property
-    def method(self) -> str:
-        return self.format.name
+    def formats(self) -> tuple[Format, ...]:
+        """Every format that occurs."""
+        return tuple(dict.fromkeys(fmt for part in self.parts.values() for fmt in part.formats))
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """The components of a pipeline that are named; empty: the default ones."""
+        return tuple(name for name in self.parts if name != DEFAULT_PART)
+
+    def part(self, component: str) -> QuantizationConfig:
+        """How a component is quantized."""
+        return self.parts.get(component) or self.parts[DEFAULT_PART]
+
+    def formats_of(self, component: str) -> tuple[Format, ...]:
+        """Every format that occurs in a component; empty if it is not quantized."""
+        known = component in self.parts or DEFAULT_PART in self.parts
+        return self.part(component).formats if known else ()
 
     def to_dict(self) -> dict[str, Any]:
+        """The recipe as JSON or YAML hold it; also what ``--recipe`` reads."""
+        specs = {name: config_spec(part) for name, part in self.parts.items()}
         return {
-            "method": self.method,
-            "options": format_options(self.format),
-            "ignore": [str(pattern) for pattern in self.ignore],
-            "components": list(self.components),
+            **specs.get(DEFAULT_PART, {"components": specs}),
             "target": self.target,
             "default_ignore": self.default_ignore,
             "ignore_whole_group": self.ignore_whole_group,
@@ -110,36 +102,42 @@ class Recipe:
 
     @classmethod
     def parse(cls, data: object) -> Recipe | None:
-        """``from_dict`` of what a file holds; None if that is no recipe."""
+        """``from_dict`` of what a manifest holds; None if that is no recipe."""
         try:
             return cls.from_dict(cast("Mapping[str, Any]", data))
         except (OmniConvertError, KeyError, TypeError, ValueError, AttributeError):
             return None
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The inverse of ``to_dict``."""
-        options = dict(data["options"])
-        if "block_size" in options:
-            options["block_size"] = tuple(options["block_size"])
-        return cls(
-            format=make_format(data["method"], **options),
-            ignore=tuple(map(Pattern, data["ignore"])),
-            components=tuple(data["components"]),
-            input_scales=data.get("input_scales", {}),
-            target=data["target"],
-            default_ignore=data["default_ignore"],
-            ignore_whole_group=data["ignore_whole_group"],
-        )
+    def from_dict(cls, data: Mapping[str, Any], components: Sequence[str] = ()) -> Recipe:
+        """The inverse of ``to_dict``; what is absent has its default. ``components``: as ``make_recipe`` takes them.
+
+        Raises:
+            UsageError: an unknown key or a value of the wrong kind.
+        """
+        choices = {key: value for key, value in data.items() if key in _CHOICES}
+        for key in ("default_ignore", "ignore_whole_group"):
+            if not isinstance(choices.get(key, True), bool):
+                raise UsageError(f"{key} is {printable(choices[key])}, expected true or false.")
+        if not isinstance(choices.get("input_scales", {}), Mapping):
+            raise UsageError(f"input_scales is {printable(choices['input_scales'])}, expected layers and numbers.")
+        spec = {key: value for key, value in data.items() if key not in _CHOICES}
+        if "components" in spec and len(spec) > 1:
+            other = next(key for key in spec if key != "components")
+            raise UsageError(f"found {printable(other)} beside components, expected it in each component.")
+        if not {"components", "method", "quant_method"} & spec.keys():
+            raise UsageError("found neither method nor components, expected one of them.")
+        return cls(parts=_parts(spec.get("components", spec), components), **choices)
 
 
-class _Method(TypedDict):
-    method: str
+_CHOICES = ("input_scales", "target", "default_ignore", "ignore_whole_group")
 
 
-class Choices(_Method, total=False):
+class Choices(TypedDict, total=False):
     """The keyword arguments of ``make_recipe``."""
 
+    method: str | None
+    recipe: Mapping[str, Any] | None
     granularity: str | None
     block_size: tuple[int, int] | None
     activation_scheme: str | None
@@ -147,33 +145,119 @@ class Choices(_Method, total=False):
     quality: str | None
     fused_scale: str | None
     ignore: Sequence[str]
+    layers: Sequence[str]
     components: Sequence[str]
     input_scales: Mapping[str, float] | None
-    target: str
+    target: str | None
     default_ignore: bool
     ignore_whole_group: bool
 
 
 def make_recipe(
     *,
+    quantization: Spec = None,
+    method: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
+    layers: Sequence[str] = (),
     components: Sequence[str] = (),
     input_scales: Mapping[str, float] | None = None,
-    target: str = DEFAULT_TARGET,
+    target: str | None = None,
     default_ignore: bool = True,
     ignore_whole_group: bool = False,
     **options: Any,
 ) -> Recipe:
-    """A recipe from plain values; ``options`` as ``make_format`` takes them."""
-    return Recipe(
-        format=make_format(**options),
-        ignore=tuple(map(Pattern, ignore)),
-        components=tuple(components),
-        input_scales=input_scales or {},
-        target=target,
-        default_ignore=default_ignore,
-        ignore_whole_group=ignore_whole_group,
-    )
+    """A recipe from plain values.
+
+    Args:
+        quantization: as ``build_quant_config`` takes it; or ``method`` with ``options``, as ``make_format`` takes them.
+        recipe: or what ``read_recipe`` returns; the other arguments are added to it.
+        ignore: patterns of layers that stay unquantized; they and ``layers`` go before rules of the recipe.
+        layers: ``PATTERN=METHOD``, or ``PATTERN=none``; the first match decides, before ``ignore``.
+        components: ``NAME``, or ``NAME=METHOD`` for one that has a method of its own.
+
+    Raises:
+        UsageError: not exactly one of ``quantization``, ``method`` and ``recipe``, or what they refuse.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if sum(value is not None for value in (quantization, method, recipe)) != 1:
+        raise UsageError("expected one of --method and --recipe, and not both.")
+    if options and method is None:
+        flag = f"--{next(iter(options)).replace('_', '-')}"
+        raise UsageError(f"{flag}: needs --method. Beside a recipe or a config, write it there.")
+    added: dict[str, Any] = {"input_scales": input_scales, "target": target}
+    added = {key: value for key, value in added.items() if value}
+    added |= {} if default_ignore else {"default_ignore": False}
+    added |= {"ignore_whole_group": True} if ignore_whole_group else {}
+    if recipe is not None:
+        made = Recipe.from_dict({**recipe, **added}, components)
+    else:
+        made = Recipe(parts=_parts(quantization or _spec(method, options), components), **added)
+    rules = tuple(map(parse_layer_rule, layers))
+    ignored = tuple(str(Pattern(text)) for text in ignore)
+    return replace(made, parts={name: with_rules(part, ignored, rules) for name, part in made.parts.items()})
+
+
+def _spec(method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    renamed = {"weight_block_size" if name == "block_size" else name: value for name, value in options.items()}
+    return {"method": method, **renamed}
+
+
+def _parts(spec: Spec, components: Sequence[str]) -> dict[str, QuantizationConfig]:
+    """The config of every component that is quantized."""
+    built = build_quant_config(spec)
+    if isinstance(built, dict):
+        if components:
+            raise UsageError(f"--component {components[0]}: the recipe names the components. Write it there.")
+        parts = built
+    else:
+        parts = dict(_named_part(text, built) for text in components) or {DEFAULT_PART: built}
+    quantized = {name: part for name, part in parts.items() if part is not None}
+    if not quantized:
+        raise UsageError("nothing would be quantized: the method of every component is none.")
+    if any(part.is_serialized for part in quantized.values()):
+        raise UsageError(
+            "the config says that the weights are quantized already, expected how to quantize them: leave out the key "
+            "that says serialized."
+        )
+    return quantized
+
+
+def _named_part(text: str, default: QuantizationConfig | None) -> tuple[str, QuantizationConfig | None]:
+    """``NAME`` or ``NAME=METHOD``, with the rules of ``default``."""
+    name, equals, method = text.partition("=")
+    own = component_config(name, method) if equals else default
+    if own is None or default is None:
+        return name, own
+    return name, replace(default, format=own.format)
+
+
+def read_recipe(path: Path) -> Mapping[str, Any]:
+    """A recipe in YAML or JSON, or the one in a manifest.
+
+    Raises:
+        OmniConvertError: it cannot be read, names a key twice, or is no mapping.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        """Refuses what YAML allows: that one key of a mapping silently replaces another."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if repeated := [key for place, key in enumerate(keys) if key in keys[:place]]:
+                raise yaml.YAMLError(f"key {repeated[0]} twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    try:
+        data = yaml.load(path.read_text("utf-8"), Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise OmniConvertError(f"{path}: cannot be read as YAML ({printable(error)}). Correct the file.") from error
+    if isinstance(data, Mapping) and "omni_convert" in data:
+        data = data.get("recipe")
+    if not isinstance(data, Mapping):
+        raise OmniConvertError(f"{path}: found {printable(data)}, expected a mapping with method or components.")
+    return data
 
 
 def parse_block_size(text: str) -> tuple[int, int]:
@@ -201,17 +285,17 @@ def read_input_scales(path: Path) -> dict[str, float]:
     return scales
 
 
-def check_patterns(patterns: Iterable[Pattern], layers: Collection[str]) -> None:
-    """Every pattern must match a layer.
+def check_patterns(flag: str, patterns: Iterable[str], layers: Collection[str]) -> None:
+    """Every pattern must match a layer. ``flag``: what it was given with.
 
     Raises:
         UsageError: one matches nothing; shows the closest names.
     """
-    for pattern in patterns:
+    for pattern in map(Pattern, patterns):
         if not any(pattern.matches(layer) for layer in layers):
             close = closest_names(pattern.text, layers)
             raise UsageError(
-                f"--ignore {pattern}: no layer of the model matches. "
+                f"{flag} {pattern}: no layer of the model matches. "
                 + (f"The closest names are {', '.join(close)}. " if close else "")
                 + "A pattern is a part of a layer's name, a glob over the whole name, or re:REGEX; "
                 "--dry-run lists the layers."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -19,15 +19,14 @@ PIECE_BYTES = 4 << 20
 _E8M0_NAN = 255
 
 
-def value_problems(component: Component, recipe: Recipe, layers: Collection[str]) -> list[str]:
+def value_problems(component: Component, recipe: Recipe, layers: Mapping[str, Format]) -> list[str]:
     """Every tensor of the quantized ``layers`` that holds what no conversion writes, with the first such place."""
-    fmt = recipe.format
     stored = {name: (tensor, shard) for name, tensor, shard in component.tensors()}
-    names = [f"{layer}.{suffix}" for layer in sorted(layers) for suffix in fmt.suffixes]
+    names = [(f"{layer}.{suffix}", fmt) for layer, fmt in sorted(layers.items()) for suffix in fmt.suffixes]
     with ThreadPoolExecutor(processors()) as pool:
-        tasks = [pool.submit(_problem, name, *stored[name], fmt) for name in names]
+        tasks = [pool.submit(_problem, name, *stored[name], fmt) for name, fmt in names]
         problems = [problem for task in tasks if (problem := task.result())]
-    for layer in sorted(layers):
+    for layer, fmt in sorted(layers.items()):
         facts = Facts(input_scale=recipe.input_scale(component.name, layer))
         problems += _known_problems(layer, stored, fmt, facts)
     return problems

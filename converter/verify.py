@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
 from omni_convert.converter.values import value_problems
+from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
@@ -99,7 +100,7 @@ def verify(
     result = Verification(path=str(root))
     result.checks.append(_check_files(root, manifest["files"], progress))
     recipe = Recipe.from_dict(manifest["recipe"])
-    fmt = recipe.format
+    formats = {name: _formats(recipe, name, entry["tensors"]) for name, entry in manifest["components"].items()}
     components: dict[str, Component] = {}
     for name, entry in manifest["components"].items():
         try:
@@ -107,13 +108,13 @@ def verify(
         except OmniConvertError as error:
             result.checks.append(Check(f"{_title(name)} headers", "weight files and index", (str(error),)))
             continue
-        result.checks += _check_component(components[name], recipe, entry["tensors"], _title(name))
+        result.checks += _check_component(components[name], recipe, formats[name], entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
         result.checks.append(_check_source(original, manifest["source"]))
         if result.ok:
             for name, component in components.items():
-                _compare(result, original, component, fmt, name)
+                _compare(result, original, component, formats[name], name)
     return result
 
 
@@ -186,36 +187,55 @@ def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], 
     return None if digest == entry["sha256"] else "its sha256 differs: the content changed. Convert again."
 
 
-def _check_component(component: Component, recipe: Recipe, decisions: Mapping[str, Any], title: str) -> list[Check]:
-    fmt = recipe.format
+def _formats(recipe: Recipe, component: str, decisions: Mapping[str, Any]) -> dict[str, Format]:
+    """The format of every quantized layer of a component, by the manifest."""
+    default, *others = recipe.formats_of(component)
+    labels = {format_label(written): fmt for fmt in others for written in (fmt, fmt.fused())}
+    return {
+        name.removesuffix(".weight"): labels.get(entry.get("format"), default)
+        for name, entry in decisions.items()
+        if entry["action"] != "keep"
+    }
+
+
+def _check_component(
+    component: Component,
+    recipe: Recipe,
+    formats: Mapping[str, Format],
+    decisions: Mapping[str, Any],
+    title: str,
+) -> list[Check]:
     where = f"{component.relative('config.json')}: quantization_config"
     try:
         config = parse_config(stored_config(component.config), where)
-        found, expected = config.format.config(()), fmt.config(())
-        if found != expected:
-            raise OmniConvertError(f"{where}: announces {found}, expected {expected} as in the manifest's recipe.")
+        for layer, fmt in formats.items():
+            found, expected = config.format_on_disk(layer).config(()), fmt.config(())
+            if found != expected:
+                raise OmniConvertError(
+                    f"{where}: announces {found} for {layer}, expected {expected} as in the manifest's recipe."
+                )
     except OmniConvertError as error:
         return [Check(f"{title} config", "quantization_config", (str(error),))]
-    layers = quantized_layers(component, tuple(fmt.suffixes))
-    structure = [*_structure_problems(component, config, fmt, decisions, layers), *_index_problems(component)]
-    values = [] if structure else value_problems(component, recipe, layers)
+    structure = [*_structure_problems(component, config, formats, decisions), *_index_problems(component)]
+    values = [] if structure else value_problems(component, recipe, formats)
+    names = " + ".join(dict.fromkeys(fmt.name for fmt in config.formats))
     return [
-        Check(f"{title} config", f"{fmt.name}, {len(config.ignored_layers)} ignored layers", ()),
+        Check(f"{title} config", f"{names}, {len(config.ignored_layers)} ignored layers", ()),
         Check(f"{title} tensors", f"{len(decisions)} tensors by name, dtype and shape", tuple(structure)),
-        Check(f"{title} codes", f"codes and scales of {len(layers)} layers", tuple(values)),
+        Check(f"{title} codes", f"codes and scales of {len(formats)} layers", tuple(values)),
     ]
 
 
 def _structure_problems(
     component: Component,
     config: QuantizationConfig,
-    fmt: Format,
+    formats: Mapping[str, Format],
     decisions: Mapping[str, Any],
-    quantized: Collection[str],
 ) -> Iterator[str]:
     """Tensors against the format's contract, the config's ignored layers and the manifest's decisions."""
     specs = {name: tensor.spec for name, tensor, _ in component.tensors()}
     ignored = set(config.ignored_layers)
+    quantized = set[str]().union(*(quantized_layers(component, tuple(fmt.suffixes)) for fmt in config.formats))
     expected = set(decisions)
     for name, decision in decisions.items():
         layer = name.removesuffix(".weight")
@@ -223,6 +243,7 @@ def _structure_problems(
             if name in specs and layer in quantized:
                 yield f"{name}: is quantized, expected it kept ({decision['why']})."
             continue
+        fmt = formats[layer]
         names = {f"{layer}.{suffix}" for suffix in fmt.suffixes}
         expected |= names
         if missing := names - specs.keys():
@@ -276,12 +297,14 @@ def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
     return Check("source", f"{len(recorded['files'])} files by size, weights by header", tuple(problems))
 
 
-def _compare(result: Verification, original: Path, component: Component, fmt: Format, name: str) -> None:
+def _compare(
+    result: Verification, original: Path, component: Component, formats: Mapping[str, Format], name: str
+) -> None:
     from omni_convert.converter.checkpoint import open_checkpoint
 
     names = () if component.name == "" else (component.name,)
     (source,) = open_checkpoint(original, names).components
-    layers, problems = compare_component(source, component, fmt)
+    layers, problems = compare_component(source, component, formats)
     title = _title(name)
     result.layers += layers
     result.checks.append(

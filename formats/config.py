@@ -44,6 +44,11 @@ class QuantizationConfig:
         """Every format that occurs, the default first."""
         return tuple(dict.fromkeys((self.format, *(rule.format for rule in self.layers if rule.format))))
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether a config of one method cannot say it: qualities may differ, what is on disk may not."""
+        return any(fmt.config(()) != self.format.config(()) for fmt in self.formats)
+
     def format_on_disk(self, layer: str) -> Format:
         """The format of a quantized layer of a serialized checkpoint."""
         return self._by_name.get(layer, self.format)

@@ -42,7 +42,7 @@ class Target:
     ``formats``: kind of format -> hardware on which it loads quantized weights of that kind. ``architectures``: the
     classes whose quantizable linears are known; ``None``: any linear of any class runs. ``refused``: what it cannot
     load all the same. ``kept``: layers that stay unquantized unless asked otherwise. ``cautions``: what loads with a
-    condition.
+    condition. ``mixes``: whether layers of one model may have several formats.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Target:
     refused: Sequence[Rule] = ()
     kept: Sequence[Rule] = ()
     cautions: Sequence[Rule] = ()
+    mixes: bool = False
 
     def find(
         self, config: Mapping[str, object] | None, layers: Collection[str], pipeline: str | None = None
@@ -220,6 +221,7 @@ _OMNI_CONVERT = Target(
     formats={"int8": ("CPU", _CUDA)},
     architectures=None,
     kept=(_BERT_VALUES,),
+    mixes=True,
 )
 
 TARGETS: Mapping[str, Target] = {target.name: target for target in (_VLLM_OMNI, _OMNI_CONVERT)}

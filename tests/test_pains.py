@@ -87,7 +87,7 @@ F64, F8 = Tensor("F64", np.zeros((16, 16), "<u8")), Tensor("F8_E4M3", np.zeros((
 MISTAKES = {
     "ignored name": Mistake("img_mpl: no layer of the model matches", {"ignore": ["img_mpl"]}),
     "split group": Mistake("fuse both into", {"ignore": ["to_q"]}),
-    "nothing left": Mistake("Ignore less", {"ignore": ["*"]}),
+    "nothing left": Mistake("Keep less", {"ignore": ["*"]}),
     "option of another format": Mistake("granularity", {"granularity": "block"}),
     "block size": Mistake("block", {"method": "fp8", "block_size": (128, 100)}),
     "no recorded scales": Mistake("input_scale for every layer", STATIC),

@@ -116,7 +116,7 @@ def test_verify_compares_config_and_recipe(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", {}, {"a.weight": random(4, 64)})
     convert(source, tmp_path / "out", method="fp8")
     manifest = read_json(tmp_path / "out" / "omni_convert.json")
-    manifest["recipe"]["options"]["granularity"] = "channel"
+    manifest["recipe"]["granularity"] = "channel"
     write_json(tmp_path / "out" / "omni_convert.json", manifest)
     (check,) = [check for check in verify(tmp_path / "out").checks if not check.ok]
     assert "FP8_PER_CHANNEL_PER_TOKEN" in check.problems[0]

@@ -321,7 +321,7 @@ def _kill_at_the_first_partial_file(command: list[str], out: Path) -> None:
 
 def test_marker_names_the_job(source: Path, interrupted: Path) -> None:
     job = json.loads((interrupted / MARKER).read_bytes())
-    assert (job["recipe"]["method"], job["recipe"]["ignore"], job["recipe"]["components"]) == ("int8", [], [])
+    assert (job["recipe"]["method"], job["recipe"]["ignored_layers"]) == ("int8", [])
     assert len(job["headers"]) == 2
 
 

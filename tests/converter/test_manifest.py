@@ -31,9 +31,9 @@ def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
     assert manifest["omni_convert"] == __version__
     assert manifest["recipe"] == {
         "method": "int8",
-        "options": {"quality": "fast", "fused_scale": "shared"},
-        "ignore": ["txt_mlp", "*.attn.to_out.0"],
-        "components": [],
+        "quality": "fast",
+        "fused_scale": "shared",
+        "ignored_layers": ["txt_mlp", "*.attn.to_out.0"],
         "target": "vllm-omni",
         "default_ignore": True,
         "ignore_whole_group": False,

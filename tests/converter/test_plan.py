@@ -151,7 +151,7 @@ def test_pattern_that_matches_nothing(qwen: Path) -> None:
 
 
 def test_nothing_left_to_quantize(qwen: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="Ignore less"):
+    with pytest.raises(UsageError, match="Keep less"):
         plan_int8(qwen, ["*"])
     model = write_model(tmp_path / "norms", {}, {"norm.weight": random(4)})
     with pytest.raises(OmniConvertError, match="it holds no matrices"):
