@@ -180,7 +180,7 @@ class View:
         if wanted.format is None:
             return wanted
         if layer in self._uneven_layers:
-            return keep(f"engines fuse it with others, and blocks of {fmt.rows_per_scale} rows would not fit")
+            return keep(f"engines fuse or cut it, and blocks of {fmt.rows_per_scale} rows would not fit")
         refusal = fmt.refusal(spec.shape)
         if refusal:
             return keep(refusal)
@@ -211,10 +211,13 @@ class View:
         """Members of fused matrices in which a block of rows would belong to two: engines cannot cut a scale."""
         uneven: set[str] = set()
         for name, tensor, _ in self.component.tensors():
-            layer = name.removesuffix(".weight")
+            layer, together = name.removesuffix(".weight"), self.config.format.rows_per_scale
             group = self.table.group(layer) if self.table else None
-            if group and layer != group[1][-1] and tensor.spec.shape[0] % self.config.format.rows_per_scale:
+            if group and layer != group[1][-1] and tensor.spec.shape[0] % together:
                 uneven.update(group[1])
+            count = self.table.merged(layer) if self.table else 1
+            if count > 1 and tensor.spec.shape[0] // count % together:
+                uneven.add(layer)
         return frozenset(uneven)
 
     def _matches(self, text: str, layer: str) -> bool:
@@ -293,4 +296,4 @@ _NO_KERNEL = 32
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

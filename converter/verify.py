@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni_convert.converter.check import Check
 from omni_convert.converter.checkpoint import Component, open_component
 from omni_convert.converter.compare import LayerComparison, compare_component
+from omni_convert.converter.contract import check_contract
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
@@ -28,19 +30,6 @@ from omni_convert.formats.config import QuantizationConfig, parse_config, stored
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
-
-
-@dataclass(frozen=True)
-class Check:
-    """One property, and every way in which it does not hold."""
-
-    name: str
-    checked: str
-    problems: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems
 
 
 @dataclass(kw_only=True)
@@ -115,6 +104,8 @@ def verify(
         if result.ok:
             for name, component in components.items():
                 _compare(result, original, component, formats[name], name)
+    if recipe.target == "vllm-omni":
+        result.checks += check_contract(root)
     return result
 
 

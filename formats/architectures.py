@@ -27,15 +27,15 @@ class Block:
 
     ``linears``: layer names that the engine builds as they are. ``fused``: name of a matrix that the engine makes of
     several layers -> those layers. ``merged``: those of ``linears`` that the engine takes for several matrices in one
-    tensor. ``renamed``: layer or fused matrix -> the name by which the engine decides about
-    its quantization, where that is another; layers that share one are quantized or kept together. ``methods``: with
-    which these linears are quantized; empty: with any.
+    tensor -> how many of equal height; 0: of other heights. ``renamed``: layer or fused matrix -> the name by which
+    the engine decides about its quantization, where that is another; layers that share one are quantized or kept
+    together. ``methods``: with which these linears are quantized; empty: with any.
     """
 
     prefixes: Sequence[str]
     linears: Sequence[str] = ()
     fused: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    merged: Sequence[str] = ()
+    merged: Mapping[str, int] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     methods: Sequence[str] = ()
 
@@ -135,6 +135,10 @@ class Architecture:
         """Whether the engine makes one matrix of ``layer`` and others, or takes it for several matrices."""
         places = self._places(layer)
         return any(place.name in place.block.group_of or place.name in place.block.merged for place in places)
+
+    def merged(self, layer: str) -> int:
+        """How many matrices of equal height the engine takes ``layer`` for."""
+        return max((place.block.merged.get(place.name, 1) for place in self._places(layer)), default=1)
 
     def runtime_name(self, layer: str) -> str:
         """What the engine calls the layer, or the fused matrix that it is part of: names in ``ignored_layers``."""

@@ -49,7 +49,7 @@ _FLUX2_BLOCKS = (
             "ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out",
         ),
         fused=_joint_qkv("attn"),
-        merged=("ff.linear_in", "ff_context.linear_in"),  # gate and up
+        merged={"ff.linear_in": 2, "ff_context.linear_in": 2},  # gate and up
     ),
     Block(prefixes=("single_transformer_blocks.N",), linears=("attn.to_qkv_mlp_proj", "attn.to_out")),
 )  # fmt: skip

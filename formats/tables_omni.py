@@ -25,7 +25,7 @@ OMNI_TABLES: Sequence[Architecture] = (
                     "self_attn.qkv_proj", "self_attn.o_proj",
                     "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj",
                 ),
-                merged=("self_attn.qkv_proj", "mlp.shared_mlp.gate_and_up_proj"),
+                merged={"self_attn.qkv_proj": 0, "mlp.shared_mlp.gate_and_up_proj": 2},
                 # The router takes the config too; it stays, so its engine name must be among the ignored ones.
                 renamed={
                     "mlp.shared_mlp.gate_and_up_proj": "mlp.shared_mlp.gate_up_proj", "mlp.gate.wg": "mlp.gate",

@@ -27,3 +27,29 @@ def minilm() -> Path:
     from models import minilm_path
 
     return minilm_path()
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of a small model of every family by its name, written when first asked for."""
+    from families import FAMILIES
+
+    class Sources(dict[str, Path]):
+        def __missing__(self, name: str) -> Path:
+            self[name] = FAMILIES[name].write(tmp_path_factory.mktemp("family"))
+            return self[name]
+
+    return Sources()
+
+
+@pytest.fixture(scope="session")
+def outputs(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Those models converted, by family and kind of method, when first asked for."""
+    from conversions import write_output
+
+    class Outputs(dict[tuple[str, str], Path]):
+        def __missing__(self, key: tuple[str, str]) -> Path:
+            self[key] = write_output(sources[key[0]], tmp_path_factory.mktemp("output") / "out", *key)
+            return self[key]
+
+    return Outputs()

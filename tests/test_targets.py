@@ -6,23 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conversions import METHODS, choices, matrices, weights
 from families import FAMILIES, Family
-from hostile.small import Stored, read_json, read_weights, snapshot
+from hostile.small import read_json, snapshot
 
 import omni_convert
 from omni_convert.formats.target import TARGETS
 
 VLLM_OMNI = TARGETS["vllm-omni"]
-METHODS: dict[str, dict[str, Any]] = {
-    "int8": {"method": "int8"},
-    "fp8 tensor": {"method": "fp8"},
-    "fp8 static": {"method": "fp8", "activation_scheme": "static"},
-    "fp8 channel": {"method": "fp8", "granularity": "channel"},
-    "fp8 block": {"method": "fp8", "block_size": (32, 32)},
-    "mxfp8": {"method": "mxfp8"},
-    "mxfp4": {"method": "mxfp4"},
-    "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
-}
 # By name and kind of format: what no engine of this version loads.
 TRANSFORMERS_ONLY = ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale")
 REFUSED: dict[str, tuple[str, ...]] = {
@@ -35,38 +26,17 @@ REFUSED: dict[str, tuple[str, ...]] = {
     "Qwen2.5-Omni": (*TRANSFORMERS_ONLY, "fp8 tensor", "fp8 static", "fp8 block"),
 }
 CASES = [(name, kind) for name in FAMILIES for kind in METHODS if kind not in REFUSED.get(name, ())]
+RULES = (
+    "weight files", "config place", "config keys", "method", "ignored layers", "other layers", "scales",
+    "unknown tensors", "shapes", "scale values",
+)  # fmt: skip
+FURTHER_RULES = {
+    "Wan": ("same method",),
+    "Z-Image": ("text encoder",),
+    "FLUX.2-dev": ("text encoder",),
+    "FLUX.1": ("unquantizable layers",),
+}
 BLOCK_0 = r"re:(blocks|layers)\.0\."
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Written when first asked for."""
-
-    class Sources(dict[str, Path]):
-        def __missing__(self, name: str) -> Path:
-            self[name] = FAMILIES[name].write(tmp_path_factory.mktemp("family"))
-            return self[name]
-
-    return Sources()
-
-
-def weights(folder: Path) -> dict[str, Stored]:
-    return {name: item for path in folder.glob("*.safetensors") for name, item in read_weights(path).items()}
-
-
-def matrices(stored: dict[str, Stored]) -> list[str]:
-    return [name.removesuffix(".weight") for name, item in stored.items() if _is_matrix(name, item)]
-
-
-def _is_matrix(name: str, item: Stored) -> bool:
-    return name.endswith(".weight") and len(item.shape) == 2
-
-
-def choices(kind: str, source: Path, family: Family) -> dict[str, Any]:
-    if kind != "fp8 static":
-        return METHODS[kind]
-    layers = [layer for part in family.components for layer in matrices(weights(source / part))]
-    return METHODS[kind] | {"input_scales": dict.fromkeys(layers, 0.5)}
 
 
 def kept_by_default(family: str, kind: str, layer: str) -> bool:
@@ -110,7 +80,22 @@ def test_conversion_is_what_the_contract_says(sources: dict[str, Path], name: st
     assert report.layers == layers > 0
     assert report.warnings == () or name == "HunyuanImage-3.0"
     _check_other_files(source, out, family)
-    assert omni_convert.verify(out, source=source).ok
+    result = omni_convert.verify(out, source=source)
+    assert result.ok, result.to_text()
+    _check_contract(result, name, kind)
+
+
+def _check_contract(result: Any, name: str, kind: str) -> None:
+    """Every rule of the engine's contract that applies is among the checks."""
+    rules = {check.name.removeprefix("vllm-omni ") for check in result.checks if check.name.startswith("vllm-omni ")}
+    expected = {*RULES, *FURTHER_RULES.get(name, ())}
+    expected |= {"serialized flag"} if kind != "fp8 channel" and name not in ("Qwen3-Omni", "Qwen3-TTS") else set()
+    expected |= {"codes"} if kind != "int8" else set()
+    expected |= {"fused factors"} if kind == "mxfp4_dualscale" and name != "HunyuanImage-3.0" else set()
+    expected |= {"fused layers"} if name != "HunyuanImage-3.0" or kind.startswith("fp8") else set()
+    single = name == "HunyuanImage-3.0" and kind != "int8"
+    expected |= {"fused scales"} if kind in ("int8", "fp8 tensor", "fp8 static") and not single else set()
+    assert rules == expected
 
 
 def _check_other_files(source: Path, out: Path, family: Family) -> None:

@@ -96,6 +96,20 @@ def test_gate_and_up_in_one_tensor_have_one_scale(tmp_path: Path) -> None:
     assert len(np.unique(found["transformer_blocks.0.ff.linear_out.weight_scale"])) > 16
 
 
+@pytest.mark.parametrize(("rows", "is_kept"), [(32, False), (48, True), (64, False)])
+def test_gate_and_up_in_one_tensor_are_cut_between_blocks(tmp_path: Path, rows: int, is_kept: bool) -> None:
+    tensors = {f"{BLOCK}.ff.linear_in.weight": random(rows, 32), f"{BLOCK}.ff.linear_out.weight": random(32, 32)}
+    model = write_sharded(tmp_path / "model", [tensors], {"_class_name": "Flux2Transformer2DModel"})
+    planned = plan(model, method="fp8", block_size=(16, 16))
+    decisions = {tensor.layer: tensor.decision for tensor in planned.tensors()}
+    assert (decisions[f"{BLOCK}.ff.linear_in"].format is None) is is_kept
+    assert decisions[f"{BLOCK}.ff.linear_out"].format is not None
+    if is_kept:
+        assert (
+            decisions[f"{BLOCK}.ff.linear_in"].reason == "engines fuse or cut it, and blocks of 16 rows would not fit"
+        )
+
+
 @pytest.mark.parametrize("method", ["int8", "fp8"])
 def test_damage_is_named_where_it_is(source: Path, tmp_path: Path, method: str) -> None:
     shard = source / "diffusion_pytorch_model-00003-of-00003.safetensors"

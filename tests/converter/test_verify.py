@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conversions import own_failures
 from hostile.small import read_json, to_bits, write_json, write_model, write_pipeline
 
 from omni_convert.converter.convert import convert
@@ -58,10 +59,10 @@ class Conversion:
         self.edit("omni_convert.json", change)
 
     def problems(self, *, source: bool = False) -> list[str]:
+        """Without those of the engine's contract, which may see the same damage."""
         result = verify(self.out, source=self.source if source else None)
-        problems = [problem for check in result.checks for problem in check.problems]
-        assert result.ok == (not problems)
-        return problems
+        assert result.ok == all(check.ok for check in result.checks)
+        return [problem for check in own_failures(result) for problem in check.problems]
 
 
 @pytest.fixture
