@@ -11,8 +11,6 @@ from typing import Any
 
 from omni_convert.converter.plan import Plan, TensorPlan
 
-_EXPLANATION = "the engine reads one scale of each; --fused-scale per-channel keeps all, for Ascend NPUs only"
-
 _QUANTILES = 64
 
 
@@ -30,8 +28,8 @@ class SharedScales:
     def to_text(self) -> str:
         """One line of the plan's table."""
         return (
-            f"{len(self.layers)} layers in {self.groups} fused groups, about {self.expected_db:.1f} dB less for normal "
-            f"weights ({_EXPLANATION})"
+            f"{len(self.layers)} layers in {self.groups} fused groups: about {self.expected_db:.1f} dB less if weights "
+            "are normal (not on NPUs alone: --fused-scale per-channel)"
         )
 
 

@@ -150,7 +150,7 @@ def test_what_sharing_will_cost_normal_weights(tmp_path: Path) -> None:
     assert (expected["layers"], expected["groups"]) == (QUERIES, 1)
     cost = convert(model, tmp_path / "out", method="int8").shared_scale_db
     assert expected["expected_db"] == pytest.approx(cost, abs=0.5)
-    assert f"3 layers in 1 fused groups, about {expected['expected_db']:.1f} dB less" in plan_text(planned, 0, 0)
+    assert f"3 layers in 1 fused groups: about {expected['expected_db']:.1f} dB less" in plan_text(planned, 0, 0)
     assert plan_dict(plan(model, method="int8", fused_scale="per-channel"), 0, 0)["shared_scales"] is None
     assert plan_dict(plan(model, method="fp8"), 0, 0)["shared_scales"] is None
 
