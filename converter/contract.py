@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omni_convert.converter import contract_layers, contract_values
 from omni_convert.converter.check import Check
-from omni_convert.converter.contract_folder import QUANTIZATION, TRANSFORMERS, Folder, Part, read_folder
+from omni_convert.converter.contract_folder import QUANTIZATION, Folder, Part, read_folder
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
 
@@ -77,18 +77,17 @@ def _unknown_classes(folder: Folder) -> list[Check]:
 
 
 def _place(folder: Folder, part: Part) -> Iterator[str]:
-    model = part.model
-    right = ".".join((*(model.config_at if model else ()), QUANTIZATION))
+    stage = ".".join((*(part.model.config_at if part.model else ()), QUANTIZATION))
     if part.found is None:
-        yield f"{part.where}: has no {right}, where the engine looks: it takes codes for BF16 weights. Convert again"
-    for place in _places(part.config):
-        if place == QUANTIZATION != right:
-            yield (
-                f"{part.where}: has {place} at its top, which every other stage would be built with, and those are "
-                f"BF16. Keep only {right}"
-            )
-        elif place != right:
-            yield f"{part.where}: has {place}, where the engine does not look. Move it to {right}"
+        yield (
+            f"{part.where}: has no {QUANTIZATION} at its top, where the engine looks: it takes codes for BF16 weights. "
+            "Convert again"
+        )
+    for place, found in _places(part.config):
+        if place not in (QUANTIZATION, stage):
+            yield f"{part.where}: has {place}, where the engine does not look. Move it to {QUANTIZATION}"
+        elif found != part.found:
+            yield f"{part.where}: {place} differs from {QUANTIZATION}, and the engine reads both. Make them equal"
     if part.name and part.name == next(p.name for p in folder.parts):
         yield from _stray_configs(folder)
 
@@ -105,14 +104,14 @@ def _stray_configs(folder: Folder) -> Iterator[str]:
         yield f"{CONFIG_NAME}: has {QUANTIZATION}, but a pipeline has it in the transformer's config. Move it there"
 
 
-def _places(config: Mapping[str, object]) -> Iterator[str]:
-    """Every ``quantization_config`` in a config, by its path."""
+def _places(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """Every ``quantization_config`` in a config, with its path."""
     parts: list[tuple[str, Mapping[str, object]]] = [("", config)]
     while parts:
         above, part = parts.pop()
         for key, value in part.items():
             if key == QUANTIZATION:
-                yield above + key
+                yield above + key, value
             elif isinstance(value, dict):
                 parts.append((f"{above}{key}.", value))
 
@@ -135,19 +134,6 @@ def _refused(folder: Folder, part: Part) -> Iterator[str]:
     reason = part.model.refused.get(part.kind) if part.model else None
     if part.model and reason:
         yield f"{part.where}: has {part.kind} for {part.model.name}: {reason}. Convert with another method"
-
-
-def _agree(folder: Folder, part: Part) -> Iterator[str]:
-    first = next((other for other in folder.models if other.name == TRANSFORMERS[0]), None)
-    if first and _is_second(folder, part) and part.kind.split()[0] != first.kind.split()[0]:
-        yield (
-            f"{part.where}: has {part.kind}, but {first.where} has {first.kind}: one pipeline runs one method, another "
-            "is a ValueError. Convert both alike"
-        )
-
-
-def _is_second(folder: Folder, part: Part) -> bool:
-    return part.name == TRANSFORMERS[1] and any(other.name == TRANSFORMERS[0] for other in folder.models)
 
 
 def _files(folder: Folder, part: Part) -> Iterator[str]:
@@ -175,7 +161,6 @@ RULES: Sequence[Rule] = (
         name="method", unit="methods that the class can run",
         count=lambda folder, part: part.model is not None, problems=_refused,
     ),
-    Rule(name="same method", unit="transformers against the first", count=_is_second, problems=_agree),
     *(
         Rule(name=name, unit=unit, count=count, problems=problems)
         for name, (unit, count, problems) in {**contract_layers.RULES, **contract_values.RULES}.items()

@@ -144,10 +144,7 @@ class Part:
     @cached_property
     def found(self) -> Any:
         """The ``quantization_config`` that the engine finds; None if it finds none."""
-        part: Any = self.config
-        for key in self.model.config_at if self.model else ():
-            part = part.get(key) if isinstance(part, Mapping) else None
-        return part.get(QUANTIZATION) if isinstance(part, Mapping) else None
+        return self.config.get(QUANTIZATION)
 
     @cached_property
     def announced(self) -> Announced:

@@ -9,11 +9,11 @@ from omni_convert.converter.tables import format_table
 from omni_convert.formats.architectures import Architecture
 from omni_convert.formats.target import TARGETS, Rule, Target, kind_flags
 
-TRACED = "contract traced"
-NOT_VERIFIED = "not verified"
-_LEGEND = f"""\
-{TRACED}: a small checkpoint's names went through the engine's own classes and loader on CPU, without its kernels.
-{NOT_VERIFIED}: read in the engine's source only. Nothing was run on the hardware that is named."""
+LOADED = "loaded"
+REFUSED = "refused"
+_LEGEND = """\
+yes: a small checkpoint was loaded by the engine's own classes and loader on CPU, without its kernels; nothing was run
+on the hardware that is named. Any other class: not verified."""
 
 
 def models_dict() -> dict[str, Any]:
@@ -43,10 +43,10 @@ def _architecture_dict(target: Target, table: Architecture) -> dict[str, Any]:
         "name": table.name,
         "classes": list(table.classes),
         "pipelines": list(table.pipelines),
-        "status": TRACED if table.traced else NOT_VERIFIED,
         "methods": {
             kind: {
                 "flags": kind_flags(kind),
+                "status": REFUSED if refusals[kind] else LOADED,
                 "hardware": [] if refusals[kind] else list(hardware),
                 "refused": refusals[kind],
                 "kept_by_default": [rule.layers for rule in _rules(target.kept, table, kind)],
@@ -66,11 +66,11 @@ def _target_text(target: Target) -> str:
     title = f"--target {target.name} ({target.title}): {', '.join(formats)}"
     if target.architectures is None:
         return f"{title}; any linear of any class."
-    rows = [["model", *target.formats, "contract"]]
+    rows = [["model", *target.formats]]
     notes: dict[str, int] = {}
     for table in target.architectures:
         cells = [_cell(target, table, kind, notes) for kind in target.formats]
-        rows.append([table.name, *cells, TRACED if table.traced else NOT_VERIFIED])
+        rows.append([table.name, *cells])
     lines = [title, format_table(rows), *(f"{number}: {note}" for note, number in notes.items())]
     return "\n".join(lines)
 

@@ -84,7 +84,7 @@ class ComponentPlan:
     """As it is written: exact names."""
     architecture: str | None
     config_at: Sequence[str] = ()
-    """The object in ``config.json`` that takes ``quantization_config``."""
+    """The object in ``config.json`` that takes ``quantization_config`` too."""
 
     @property
     def ignored_layers(self) -> tuple[str, ...]:
@@ -101,7 +101,7 @@ class ComponentPlan:
         config = part = dict(self.component.config or {})
         for key in self.config_at:
             part[key] = part = dict(part[key])
-        part["quantization_config"] = self.quantization.to_dict()
+        part["quantization_config"] = config["quantization_config"] = self.quantization.to_dict()
         return encode_json(config)
 
     @property
@@ -185,6 +185,7 @@ def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> Co
         quantized = view.engine_names(tensor.layer for tensor in part.tensors() if tensor.decision.format)
         text = "\n".join(quantized)
         names = {exact_pattern(name) if name in text else name for name in names}
+        names.update(view.table.other_stages if view.table else ())
     ignored = tuple(sorted(names, key=natural_key))
     return replace(part, quantization=replace(part.quantization, ignored_layers=ignored))
 

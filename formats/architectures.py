@@ -89,7 +89,8 @@ class Architecture:
     of a class apart: the pipeline's class, and values in the model's config. ``unique``: no other class has these
     layer names, so that weights without a config are known by them. ``runtime_prefix``: what a checkpoint's names
     begin with, and what the engine puts there. ``config_at``: the object in config.json that takes
-    ``quantization_config``. ``traced``: the names were traced through the engine's own loader, not only read.
+    ``quantization_config`` too, beside its top. ``other_stages``: patterns of what the engine builds with the same
+    config under names that no layer of the checkpoint has.
     """
 
     name: str
@@ -100,8 +101,8 @@ class Architecture:
     unique: bool = False
     runtime_prefix: tuple[str, str] = ("", "")
     config_at: Sequence[str] = ()
+    other_stages: Sequence[str] = ()
     text_encoder: TextEncoder | None = None
-    traced: bool = True
 
     def role(self, layer: str, method: str) -> Role:
         for place in self._places(layer):

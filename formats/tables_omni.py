@@ -1,6 +1,6 @@
 """Models of several stages as vLLM-Omni 0.30 builds them, and models that only our own runtime knows.
 
-Names of HunyuanImage-3.0 and BAGEL were traced, how their loaders treat scales was read; the rest was read only.
+Source: small checkpoints loaded by its own classes and loaders (on CPU, without the kernels).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
 _LANGUAGE_MODEL: Mapping[str, Sequence[str]] = {"self_attn.qkv_proj": _QKV, "mlp.gate_up_proj": _GATE_UP}
+
+# Where the engine looks for the config of this stage alone. Its loader asks vLLM, which knows only the top.
+_THINKER = ("thinker_config", "text_config")
 
 OMNI_TABLES: Sequence[Architecture] = (
     Architecture(
@@ -42,7 +45,6 @@ OMNI_TABLES: Sequence[Architecture] = (
             ),
         ),
         runtime_prefix=("model.", ""),
-        traced=False,
     ),
     Architecture(
         name="BAGEL",
@@ -67,7 +69,6 @@ OMNI_TABLES: Sequence[Architecture] = (
             Block(prefixes=("connector",), linears=("fc1", "fc2")),
         ),
         runtime_prefix=("", "bagel."),
-        traced=False,
     ),
     Architecture(
         name="Qwen3-Omni",
@@ -83,8 +84,7 @@ OMNI_TABLES: Sequence[Architecture] = (
                 renamed={"mlp.experts.N.w13": "mlp.experts", "mlp.experts.N.down_proj": "mlp.experts"},
             ),
         ),
-        config_at=("thinker_config", "text_config"),
-        traced=False,
+        config_at=_THINKER,
     ),
     Architecture(
         name="Qwen2.5-Omni",
@@ -96,8 +96,8 @@ OMNI_TABLES: Sequence[Architecture] = (
                 fused=_LANGUAGE_MODEL,
             ),
         ),
-        config_at=("thinker_config", "text_config"),
-        traced=False,
+        config_at=_THINKER,
+        other_stages=("talker*",),
     ),
     Architecture(
         name="Qwen3-TTS",
@@ -112,7 +112,6 @@ OMNI_TABLES: Sequence[Architecture] = (
             Block(prefixes=("talker",), renamed={"codec_head": "lm_head"}),
         ),
         runtime_prefix=("talker.", ""),
-        traced=False,
     ),
 )  # fmt: skip
 

@@ -189,6 +189,16 @@ _VLLM_OMNI = Target(
             methods=("fp8 channel", "fp8 block"),
             reason="its loader reorders the rows of fused weights, but not scales of this shape",
         ),
+        Rule(
+            architectures=("HunyuanImage-3.0",),
+            methods=("mxfp4_dualscale",),
+            reason="its loader halves the mul_scale of gate and up as if it had their rows",
+        ),
+        Rule(
+            architectures=("Qwen3-Omni",),
+            methods=("fp8 channel",),
+            reason="vLLM's ModelOpt experts take one scale each",
+        ),
     ),
     kept=(
         Rule(

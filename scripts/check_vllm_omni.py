@@ -27,8 +27,10 @@ import torch
 import vllm_omni_engine as engine
 import vllm_omni_models as models
 import vllm_omni_stages as stages
+from conversions import METHODS, choices
 from families import FAMILIES, Family
-from test_targets import CASES, METHODS, choices, read_weights
+from hostile.small import read_weights
+from test_targets import CASES
 
 import omni_convert
 

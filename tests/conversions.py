@@ -92,10 +92,10 @@ class Output:
     def config(self, change: Callable[[dict[str, Any]], object]) -> None:
         """Change the main model's ``quantization_config``."""
         path = self.main / "config.json"
-        data = part = read_json(path)
-        while "quantization_config" not in part:
-            part = part[next(key for key in ("thinker_config", "text_config") if key in part)]
-        change(part["quantization_config"])
+        data = read_json(path)
+        change(data["quantization_config"])
+        if "thinker_config" in data:
+            data["thinker_config"]["text_config"]["quantization_config"] = data["quantization_config"]
         write_json(path, data)
 
     def tensors(self, change: Callable[[dict[str, Stored]], object]) -> None:

@@ -71,11 +71,6 @@ def move_config(output: Output) -> None:
     write_json(output.main / "config.json", data)
 
 
-def thinker(change: Callable[[dict[str, Any], dict[str, Any]], object]) -> Callable[[Output], None]:
-    """Change the root config, given also the object that holds ``quantization_config``."""
-    return lambda output: output.edit("config.json", lambda data: change(data, data["thinker_config"]["text_config"]))
-
-
 def to_the_talker(data: dict[str, Any]) -> None:
     data["talker_config"] = {"quantization_config": data.pop("quantization_config")}
 
@@ -91,21 +86,27 @@ def announce(**config: Any) -> Callable[[Output], None]:
     return lambda output: output.config(change)
 
 
-def to_the_top(data: dict[str, Any], text: dict[str, Any]) -> None:
-    data["quantization_config"] = text["quantization_config"]
+def off_the_top(data: dict[str, Any]) -> None:
+    del data["quantization_config"]
 
 
-def to_the_thinker(data: dict[str, Any], text: dict[str, Any]) -> None:
-    data["thinker_config"]["quantization_config"] = text.pop("quantization_config")
+def to_the_thinker(data: dict[str, Any]) -> None:
+    data["thinker_config"]["quantization_config"] = data["thinker_config"]["text_config"].pop("quantization_config")
+
+
+def apart(data: dict[str, Any]) -> None:
+    data["thinker_config"]["text_config"]["quantization_config"]["ignore"] = []
 
 
 CASES: list[tuple[str, str, Callable[[Output], object], str, str]] = [
     # Where the config lies.
-    ("Qwen-Image", "mxfp8", move_config, "config place", "config.json: has no quantization_config, where the engine"),
+    ("Qwen-Image", "mxfp8", move_config, "config place", "config.json: has no quantization_config at its top, where"),
     ("Qwen-Image", "mxfp8", lambda o: o.edit("model_index.json", lambda d: d.update(quantization_config={})),
      "config place", "model_index.json: has quantization_config, where the engine never looks"),
-    ("Qwen3-Omni", "fp8 block", thinker(to_the_top), "config place", "every other stage would be built with"),
-    ("Qwen3-Omni", "fp8 block", thinker(to_the_thinker), "config place", "where the engine does not look. Move it to"),
+    ("Qwen3-Omni", "fp8 tensor", lambda o: o.edit("config.json", off_the_top), "config place", "at its top, where the"),
+    ("Qwen3-Omni", "fp8 tensor", lambda o: o.edit("config.json", to_the_thinker),
+     "config place", "where the engine does not look. Move it to"),
+    ("Qwen2.5-Omni", "fp8 channel", lambda o: o.edit("config.json", apart), "config place", "the engine reads both"),
     ("Qwen3-TTS", "fp8 block",
      lambda o: o.edit("config.json", to_the_talker),
      "config place", "config.json: has talker_config.quantization_config, where the engine does not look"),
@@ -138,8 +139,6 @@ CASES: list[tuple[str, str, Callable[[Output], object], str, str]] = [
     ("Qwen3-Omni", "fp8 block", announce(quant_method="int8", is_checkpoint_int8_serialized=True),
      "method", "has no such method"),
     ("Wan VACE", "mxfp8", announce(quant_method="modelopt", quant_algo="FP8"), "method", "by keywords: a TypeError"),
-    ("Wan", "mxfp8", lambda o: o.edit("transformer_2/config.json", lambda d: d.update(quantization_config={
-        "quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True})), "same method", "one pipeline runs one"),
     # Names of ignored layers.
     ("Qwen-Image", "mxfp8", listed(f"{BLOCK}.attn.to_qkv"), "ignored layers", "builds transformer_blocks.0.attn.to_q"),
     ("Qwen-Image", "mxfp8", listed(f"{BLOCK}.img_mlp.*"), "ignored layers", "the engine knows no patterns"),

@@ -166,6 +166,7 @@ def test_quantization_config_of_a_part_leaves_the_source_as_it_is(tmp_path: Path
     config = {"thinker_config": {"text_config": {"a": 1}, "b": 2}, "c": 3}
     planned = plan(write_omni(tmp_path, config), method="fp8")
     written = json.loads(planned.components[0].config_bytes)
+    assert written.pop("quantization_config")["quant_method"] == "fp8"
     assert written["thinker_config"]["text_config"].pop("quantization_config")["quant_method"] == "fp8"
     assert written == {"model_type": "qwen3_omni_moe", **config}
     assert planned.components[0].component.config == written
