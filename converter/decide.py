@@ -163,7 +163,7 @@ class View:
         layer = name.removesuffix(".weight")
         named = name.endswith(".weight")
         if holds_experts(name, spec) and not (named and len(spec.shape) == 2):
-            return keep(f"experts merged into one {len(spec.shape)}-D tensor, which no linear layer has")
+            return keep(f"experts merged into one {len(spec.shape)}-D tensor, {self._merged_experts}")
         if not named:
             return keep("not a weight")
         if spec.dtype not in FLOAT_DTYPES:
@@ -199,6 +199,13 @@ class View:
             reason = f"kept by default with {self.config.format.name}: {kept.reason}"
             return Decision(format=None, reason=reason)
         return Decision(format=self.config.format, reason="")
+
+    @property
+    def _merged_experts(self) -> str:
+        """Why tensors that hold several experts stay unquantized."""
+        if self.table and any(".experts." in name for block in self.table.blocks for name in block.members):
+            return "quantized only where each has its own tensors, as save_pretrained writes them"
+        return "which no linear layer has"
 
     @cached_property
     def _read_by_attention(self) -> frozenset[str]:

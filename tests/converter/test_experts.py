@@ -76,3 +76,14 @@ def test_experts_that_nobody_quantizes_can_be_ignored_too(model: str, tmp_path: 
     source = write_experts(tmp_path, {name: random(*shape)})
     layer = name.removesuffix(".weight")
     assert omni_convert.plan(source, method="int8", target="omni-convert", ignore=[layer]).warnings == ()
+
+
+def test_merged_experts_that_engines_quantize_one_by_one_say_how(tmp_path: Path) -> None:
+    block = "thinker.model.layers.0"
+    experts = {f"{block}.mlp.experts.gate_up_proj": random(4, 128, 64)}
+    tensors = {f"{block}.self_attn.o_proj.weight": random(64, 64), **experts}
+    config = {"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": {}}}
+    planned = omni_convert.plan(write_model(tmp_path, config, tensors), method="fp8")
+    (warning,) = planned.warnings
+    assert "quantized only where each has its own tensors, as save_pretrained writes them" in warning
+    assert f"{block}.mlp.experts.gate_up_proj" in planned.components[0].ignored_layers
