@@ -118,6 +118,15 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
     return config
 
 
+def is_ours(data: Mapping[str, Any]) -> bool:
+    """Whether a ``quantization_config`` is one that we write: its method alone may also be another package's."""
+    method = data.get("quant_method", data.get("method"))
+    if method == _MODELOPT:
+        return bool(data.get("quant_algo") == _PER_CHANNEL)
+    fmt = FORMATS.get(method) if isinstance(method, str) else None
+    return method == MIXED or (fmt is not None and fmt.serialized_flag in data)
+
+
 def _parse_mixed(data: Mapping[str, Any], where: str) -> QuantizationConfig:
     entries = data.get("formats")
     if not isinstance(entries, list) or len(entries) < 2 or not all(isinstance(entry, dict) for entry in entries):
@@ -152,6 +161,9 @@ def _names(value: object, key: str, where: str) -> Sequence[str]:
     return value
 
 
+_MODELOPT, _PER_CHANNEL = (Fp8(granularity="channel").config(())[key] for key in ("quant_method", "quant_algo"))
+METHODS = (MIXED, *FORMATS, _MODELOPT)
+"""Every ``quant_method`` that we write."""
 _NAMES_KEYS = ("ignored_layers", "ignore")
 
 
@@ -168,10 +180,11 @@ def _plain_name(pattern: str) -> str:
 def _announced_format(data: Mapping[str, Any], where: str) -> Format:
     """The format of the announced method, with the options that its keys spell."""
     method = data.get("quant_method", data.get("method"))
-    if method == "modelopt" and data.get("quant_algo") == "FP8_PER_CHANNEL_PER_TOKEN":
+    if method == _MODELOPT and data.get("quant_algo") == _PER_CHANNEL:
         return Fp8(granularity="channel")
     if not isinstance(method, str) or method not in FORMATS:
-        raise OmniConvertError(f"{where}: quant_method is {method!r}, expected one of {', '.join(FORMATS)}.")
+        algorithm = f" with quant_algo {printable(data.get('quant_algo'))}" if method == _MODELOPT else ""
+        raise OmniConvertError(f"{where}: quant_method is {method!r}{algorithm}, expected one of {', '.join(FORMATS)}.")
     if method == "mxfp4" and data.get("mxfp4_scale_alg", 0) == 0:  # what engines assume where the key is absent
         return replace(MXFP4, settings=tuple((key, 0) for key in data if key == "mxfp4_scale_alg"))
     if method != "fp8":

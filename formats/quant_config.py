@@ -9,7 +9,7 @@ from typing import Any
 
 from omni_convert.formats import FORMATS, format_options, make_format
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import LayerRule, QuantizationConfig, parse_config
+from omni_convert.formats.config import MIXED, LayerRule, QuantizationConfig, parse_config
 from omni_convert.formats.errors import UsageError, printable
 from omni_convert.formats.patterns import Pattern
 
@@ -100,7 +100,7 @@ def _format_spec(fmt: Format) -> dict[str, Any]:
 
 def _from_dict(data: Mapping[str, Any]) -> QuantizationConfig | None:
     flags = {key: data[key] for key in data if _is_flag(key)}
-    if any(value is True for value in flags.values()):
+    if any(value is True for value in flags.values()) or data.get("quant_method") == MIXED:
         return parse_config(data)
     known = {"method" if key in _METHOD_KEYS else key: value for key, value in data.items() if key not in flags}
     if wrong := [key for key, value in flags.items() if value is not False]:

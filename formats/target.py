@@ -133,7 +133,7 @@ def names_of_encoder(architecture: Architecture, config: Mapping[str, object]) -
 
 
 _MOST_LAYERS = 10_000
-_CUDA, _NPU = "CUDA", "Ascend NPU"
+_CPU, _CUDA, _NPU = "CPU", "CUDA", "Ascend NPU"
 _WAN = ("Wan", "Wan TI2V-5B", "Wan VACE")
 _AUTOREGRESSIVE = ("Qwen3-Omni", "Qwen2.5-Omni", "Qwen3-TTS")
 _FOR_TRANSFORMERS = ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale")
@@ -228,7 +228,11 @@ _VLLM_OMNI = Target(
 _OMNI_CONVERT = Target(
     name="omni-convert",
     title="omni_convert.load",
-    formats={"int8": ("CPU", _CUDA)},
+    formats={
+        "int8": (_CPU, _CUDA),
+        # Decoded by PyTorch alone, so on any of its devices; only the CPU was tried.
+        **dict.fromkeys((kind for kind in _VLLM_OMNI.formats if kind != "int8"), (_CPU,)),
+    },
     architectures=None,
     kept=(_BERT_VALUES,),
     mixes=True,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
@@ -28,7 +29,7 @@ class Component:
     @property
     def kept_dtype(self) -> str | None:
         """The safetensors dtype that most elements of unquantized floating tensors have; None if there are none."""
-        scales = () if self.quantization is None else tuple(f".{s}" for s in self.quantization.format.suffixes[1:])
+        scales = () if self.quantization is None else _companions(self.quantization.formats)
         elements: dict[str, int] = {}
         for name, spec in self.tensors.items():
             if spec.dtype in FLOAT_DTYPES and not (scales and name.endswith(scales)):
@@ -85,32 +86,40 @@ def quantized_layers(
     """Layers that are quantized on disk, by checkpoint name, with the shape (N, K) of their weight.
 
     The tensors decide: a layer is quantized if it has a scale. ``config.ignored_layers`` may name more layers than
-    exist (engines' fused spellings) and fewer than are kept, but none that is quantized.
+    exist (engines' fused spellings) and fewer than are kept, but none that is quantized. ``config.layers`` name
+    exactly the layers that have another format than the rest.
 
     Raises:
         OmniConvertError: a weight without scale, a scale without weight, a scale of an ignored layer, a dtype or
-            shape that is not the format's, or no quantized layer at all.
+            shape that is not the format's, a scale of another format, a layer with a format of its own that is not
+            there, or no quantized layer at all.
     """
-    fmt = config.format
-    companions = tuple(f".{suffix}" for suffix in fmt.suffixes if suffix != "weight")
+    companions = _companions(config.formats)
     names = {name.rpartition(".")[0] for name in tensors if name.endswith(companions)}
-    code_dtype = fmt.tensors((1, 1))["weight"].dtype
+    code_dtypes = {fmt.tensors((1, 1))["weight"].dtype for fmt in config.formats}
     for name, spec in tensors.items():
         layer = name.removesuffix(".weight")
-        if layer != name and spec.dtype == code_dtype and layer not in names:
+        if layer != name and spec.dtype in code_dtypes and layer not in names:
+            scale = config.format_on_disk(layer).suffixes[1]
             raise OmniConvertError(
-                f"{where}: tensor {name} is {spec.dtype} without {layer}{companions[0]}, expected both. "
+                f"{where}: tensor {name} is {spec.dtype} without {layer}.{scale}, expected both. "
                 "The codes mean nothing without their scale: convert the checkpoint again."
             )
     if not names:
         raise OmniConvertError(
-            f"{where}: the config announces {fmt.name}, but no tensor ends with {companions[0]}. "
+            f"{where}: the config announces {config.format.name}, but no tensor ends with {companions[0]}. "
             "Convert the checkpoint again, or remove quantization_config if its weights are plain."
         )
+    for rule in config.layers:
+        if rule.name not in names:
+            raise OmniConvertError(
+                f"{where}: the config names layer {rule.name}, but no quantized layer has that name. "
+                "Convert the checkpoint again."
+            )
     for layer in sorted(names.intersection(config.ignored_layers)):
         raise OmniConvertError(
-            f"{where}: layer {layer} is in ignored_layers but has {layer}{companions[0]}, expected one or the other. "
-            "Convert the checkpoint again."
+            f"{where}: layer {layer} is in ignored_layers but has {_scale_of(layer, tensors, config)}, expected one or "
+            "the other. Convert the checkpoint again."
         )
     return {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
 
@@ -118,7 +127,7 @@ def quantized_layers(
 def _layer_shape(
     layer: str, tensors: Mapping[str, TensorSpec], config: QuantizationConfig, where: str
 ) -> tuple[int, int]:
-    fmt = config.format
+    fmt = config.format_on_disk(layer)
     weight = tensors.get(f"{layer}.weight")
     if weight is None:
         raise OmniConvertError(
@@ -135,4 +144,19 @@ def _layer_shape(
                 f"{where}: tensor {layer}.{suffix} is {text}, expected {expected.dtype} {expected.shape} for "
                 f"{fmt.name}. Convert the checkpoint again."
             )
+    for companion in _companions(config.formats):
+        if f"{layer}{companion}" in tensors and companion[1:] not in fmt.suffixes:
+            raise OmniConvertError(
+                f"{where}: layer {layer} is announced as {fmt.name} but has {layer}{companion}, expected no such "
+                "tensor. Convert the checkpoint again."
+            )
     return weight.shape[0], weight.shape[1]
+
+
+def _companions(formats: Iterable[Format]) -> tuple[str, ...]:
+    """What the names of scales end with."""
+    return tuple(dict.fromkeys(f".{suffix}" for fmt in formats for suffix in fmt.suffixes[1:]))
+
+
+def _scale_of(layer: str, tensors: Mapping[str, TensorSpec], config: QuantizationConfig) -> str:
+    return next(f"{layer}{companion}" for companion in _companions(config.formats) if f"{layer}{companion}" in tensors)

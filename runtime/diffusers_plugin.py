@@ -5,7 +5,7 @@ Diffusers has no registration call; other quantizers enter its two mappings in t
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -17,18 +17,18 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
-from omni_convert.formats.config import parse_config
+from omni_convert.formats.config import MIXED, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import read_tensors
-from omni_convert.runtime.replace import MODULES, check_converted, check_loaded, replace_linears
-
-_log = logging.getLogger(__name__)
+from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.names import register_names
+from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
 
 
 class QuantMethod(str, Enum):
-    """Diffusers reads ``quant_method.value``, so a plain string will not do."""
+    """Diffusers reads ``quant_method.value``, so a plain string will not do. Chooses the quantizer; see ``names``."""
 
-    INT8 = "int8"
+    OMNI_CONVERT = MIXED
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -36,10 +36,12 @@ class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **data: Any) -> None:
         self.quantization = parse_config(data)
-        self.quant_method = QuantMethod(self.quantization.format.name)
+        self.quant_method = QuantMethod.OMNI_CONVERT
+        self._data = data
 
     def to_dict(self) -> dict[str, Any]:
-        return self.quantization.to_dict()
+        """As it was read: engines spell names in ways that we do not."""
+        return copy.deepcopy(self._data)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The base class calls it in ``repr`` and does not define it."""
@@ -85,9 +87,8 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     ) -> bool:
         """Whether the tensor is loaded by ``create_quantized_param``: scales are, codes pass through untouched."""
         layer, _, suffix = param_name.rpartition(".")
-        return suffix != "weight" and suffix in self.quantization_config.quantization.format.suffixes and (
-            isinstance(model.get_submodule(layer), MODULES[self.quantization_config.quantization.format.name])
-        )  # fmt: skip
+        module = model.get_submodule(layer)
+        return isinstance(module, QuantizedLinear) and suffix in module.format.suffixes[1:]
 
     def create_quantized_param(
         self,
@@ -105,15 +106,4 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         setattr(model.get_submodule(layer), suffix, state_dict[param_name].to(target_device))
 
 
-def register(library: Any) -> None:
-    """Add our formats to the mappings of ``diffusers.quantizers.auto``, except those another package has taken."""
-    for method in QuantMethod:
-        taken = library.AUTO_QUANTIZER_MAPPING.get(method.value, OmniConvertQuantizer)
-        if taken is not OmniConvertQuantizer:
-            _log.warning("quant_method %r of Diffusers stays with %s, which registered it first", method.value, taken)
-            continue
-        library.AUTO_QUANTIZER_MAPPING[method.value] = OmniConvertQuantizer
-        library.AUTO_QUANTIZATION_CONFIG_MAPPING[method.value] = OmniConvertConfig
-
-
-register(auto)
+register_names(auto, OmniConvertQuantizer, OmniConvertConfig)

@@ -1,32 +1,31 @@
-"""The module that stands in for ``nn.Linear`` in a quantized model."""
+"""The modules that stand in for ``nn.Linear`` in a quantized model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from omni_convert.formats import FORMATS
+from omni_convert.formats import FORMATS, format_label
+from omni_convert.formats.base import Format
 from omni_convert.runtime import cpu
-from omni_convert.runtime.kernels import int8_linear, select_kernel
+from omni_convert.runtime.kernels import format_text, int8_linear, select_kernel, stored_tensors, weight_only_linear
 
 
-class Int8Linear(nn.Linear):
-    """INT8 weight, one scale per output channel, activations quantized per token at run time (W8A8).
+class QuantizedLinear(nn.Linear):
+    """A linear that holds the tensors of a checkpoint, under their names and in their dtypes and shapes.
 
-    State: ``weight`` (N, K) int8 parameter without gradient, ``weight_scale`` (N, 1) float32 buffer, ``bias`` (N,)
-    parameter or None; the names and dtypes of the checkpoint. Takes (..., K) in bf16, fp16 or fp32 and returns
-    (..., N) in the same dtype. A row of activations that holds a NaN or an Inf gives a row of NaN (where only the
-    kernel ``dequantize`` can run, what ``F.linear`` gives).
+    State: ``weight`` (N, K), the codes, a parameter without gradient; the other tensors of ``format``, buffers;
+    ``bias`` (N,), a parameter, or None. Takes (..., K) in bf16, fp16 or fp32 and returns (..., N) in the same dtype.
 
-    It is an ``nn.Linear`` because adapters look for one. Casting the model casts the bias only. The scale is a
-    buffer, so that ``model.dtype`` and optimizers, which look at parameters, do not see it.
+    It is an ``nn.Linear`` because adapters look for one. Casting the model casts the bias only. Scales are buffers, so
+    that ``model.dtype`` and optimizers, which look at parameters, do not see them; the bias comes first, so that
+    ``model.dtype`` sees it before codes, which e4m3 makes floating-point numbers.
     """
 
-    format = FORMATS["int8"]
-    weight_scale: Tensor
+    format: Format
 
     def __init__(
         self,
@@ -35,40 +34,50 @@ class Int8Linear(nn.Linear):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        fmt: Format,
     ) -> None:
         """An all-zero layer, to be filled from a checkpoint. ``dtype`` is that of the bias."""
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a float weight
         self.in_features = in_features
         self.out_features = out_features
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.register_buffer("weight_scale", torch.ones(out_features, 1, dtype=torch.float32, device=device))
+        self.format = fmt
         values = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if values is None else nn.Parameter(values))
-        self._handle = cpu.new_handle(self)
+        for suffix, (stored, shape) in self.stored_tensors().items():
+            if suffix == "weight":
+                codes = torch.zeros(shape, dtype=stored, device=device)
+                self.weight = nn.Parameter(codes, requires_grad=False)
+            else:
+                self.register_buffer(suffix, torch.ones(shape, dtype=stored, device=device))
+
+    def stored_tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Suffix -> dtype and shape of what the layer holds beside its bias."""
+        return stored_tensors(self.format, (self.out_features, self.in_features))
 
     def reset_parameters(self) -> None:
         """Nothing: random codes are never wanted."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = int8_linear(input, self.weight, self.weight_scale, self.bias, self._handle)
-        return output
 
     def extra_repr(self) -> str:
         device = self.weight.device.type
         shape = (self.out_features, self.in_features)
         kernel = "undecided" if device in ("meta", "npu") else select_kernel(self.format.name, device, shape).kernel
-        return f"{super().extra_repr()}, format={self.format.name}, kernel={kernel}"
+        return f"{super().extra_repr()}, format={format_label(self.format)}, kernel={kernel}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        held = [getattr(self, suffix) for suffix in self.format.suffixes]
+
         def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if (tensor is self.weight or tensor is self.weight_scale) and moved.dtype != tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
+            if not any(tensor is other for other in held):
+                return fn(tensor)
+            # As bytes, codes that are floating-point numbers do not look so to `fn`.
+            given = tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+            moved = fn(given)
+            if moved.dtype != given.dtype:
+                moved = given.to(moved.device)
+            return moved.view(tensor.dtype)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        cpu.release(self._handle)
         return self
 
     def _load_from_state_dict(
@@ -82,13 +91,84 @@ class Int8Linear(nn.Linear):
                 f"{prefix}{found[0]} comes without its companion, expected all of {', '.join(self.format.suffixes)}."
             )
         for name in found:
-            given, held = state_dict[prefix + name].dtype, getattr(self, name).dtype
-            if given != held:
-                error_msgs.append(f"{prefix}{name} is {given}, expected {held}: quantize the checkpoint first.")
+            given, held = state_dict[prefix + name], getattr(self, name)
+            if given.dtype != held.dtype:
+                error_msgs.append(
+                    f"{prefix}{name} is {given.dtype}, expected {held.dtype}: quantize the checkpoint first."
+                )
+            elif given.shape != held.shape:
+                error_msgs.append(f"{prefix}{name} has shape {tuple(given.shape)}, expected {tuple(held.shape)}.")
         if not error_msgs:
             super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+class Int8Linear(QuantizedLinear):
+    """INT8 weight, one scale per output channel, activations quantized per token at run time (W8A8).
+
+    A row of activations that holds a NaN or an Inf gives a row of NaN (where only the kernel ``dequantize`` can run,
+    what ``F.linear`` gives).
+    """
+
+    weight_scale: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        fmt: Format = FORMATS["int8"],
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype, fmt=fmt)
+        self._handle = cpu.new_handle(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = int8_linear(input, self.weight, self.weight_scale, self.bias, self._handle)
+        return output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        super()._apply(fn, recurse)
+        cpu.release(self._handle)
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # deepcopy and unpickling come through here: a copy gets a packed weight of its own.
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._handle = cpu.new_handle(self)
+
+
+class DecodedLinear(QuantizedLinear):
+    """Codes in e4m3 with scales of any kind, activations as they are (weight-only).
+
+    The output is that of ``F.linear`` with the dequantized weight in the dtype of the activations, up to the order of
+    float32 sums. The scale of static activations (``input_scale``) is kept for other engines and not used.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        fmt: Format,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype, fmt=fmt)
+        self._format_text = format_text(fmt)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle cannot read e4m3 tensors that it wrote, so codes go through it, and deepcopy, as bytes.
+        codes = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": codes}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.weight = nn.Parameter(self.weight.detach().view(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scales = [getattr(self, suffix) for suffix in self.format.suffixes[1:]]
+        output: Tensor = weight_only_linear(input, self.weight, scales, self.bias, self._format_text)
+        return output

@@ -16,7 +16,6 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.runtime.component import Component, read_component
-from omni_convert.runtime.replace import check_runnable
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -42,7 +41,6 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dt
         return _load_pipeline(folder, target, dtype)
     component = read_component(folder)
     _check_quantized(folder, [component])
-    _check_runnable([component])
     model_class, library = _model_class(component)
     kept = dtype or _stored_dtype(component)
     if library == "transformers":
@@ -55,7 +53,6 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dt
 def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
     components = _pipeline_components(folder)
     _check_quantized(folder, components.values())
-    _check_runnable(components.values())
     diffusers = _import_library("diffusers")
     if any(_library(component) == "transformers" for component in components.values()):
         _import_library("transformers")
@@ -128,12 +125,6 @@ def _check_quantized(folder: Path, components: Iterable[Component]) -> None:
             f"{folder}: found no quantization_config, expected one of {', '.join(FORMATS)}. Convert the checkpoint "
             "with omni-convert first, or load plain weights with the from_pretrained of their library."
         )
-
-
-def _check_runnable(components: Iterable[Component]) -> None:
-    for component in components:
-        if component.quantization is not None:
-            check_runnable(str(component.path), component.quantization.format.name)
 
 
 def _parse_device(device: str | torch.device) -> torch.device:

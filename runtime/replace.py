@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import nn
 
+from omni_convert.formats import FORMATS
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
-from omni_convert.runtime.linear import Int8Linear
+from omni_convert.runtime.linear import DecodedLinear, Int8Linear, QuantizedLinear
 
-MODULES: Mapping[str, type[Int8Linear]] = {"int8": Int8Linear}
-"""The module of each format, by ``quant_method``."""
+MODULES: Mapping[str, type[QuantizedLinear]] = dict.fromkeys(FORMATS, DecodedLinear) | {"int8": Int8Linear}
+"""The module of each format, by its name."""
 
 
 def check_converted(pre_quantized: bool) -> None:
@@ -27,19 +27,6 @@ def check_converted(pre_quantized: bool) -> None:
         raise OmniConvertError(
             "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
             "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
-        )
-
-
-def check_runnable(where: str, method: str) -> None:
-    """Whether a format has modules.
-
-    Raises:
-        OmniConvertError: it is converted and verified, but not run yet.
-    """
-    if method not in MODULES:
-        raise OmniConvertError(
-            f"{where}: holds {method} weights, expected {', '.join(MODULES)}: this version converts and verifies that "
-            "format but has no modules for it yet. Serve it with an engine that has."
         )
 
 
@@ -70,12 +57,14 @@ def replace_linears(
                 f"{where}: tensor {layer}.bias is not in the checkpoint, but module {name} has a bias. "
                 "Convert the checkpoint again."
             )
-        quantized = MODULES[config.format.name](
+        fmt = config.format_on_disk(layer)
+        quantized = MODULES[fmt.name](
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
+            fmt=fmt,
         )
         model.set_submodule(name, quantized.train(linear.training))
         replaced.append(name)
@@ -83,20 +72,22 @@ def replace_linears(
 
 
 def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
-    """What the library loaded into the quantized modules is still quantized.
+    """What the library loaded into the quantized modules is still quantized, and has no gradient.
 
     Raises:
         OmniConvertError: a weight or a scale was cast, or replaced by a tied weight.
     """
     for name in names:
         module = model.get_submodule(name)
-        for tensor, expected in (("weight", torch.int8), ("weight_scale", torch.float32)):
-            found = getattr(module, tensor).dtype
+        assert isinstance(module, QuantizedLinear)
+        for suffix, (expected, _) in module.stored_tensors().items():
+            found = getattr(module, suffix).dtype
             if found != expected:
                 raise OmniConvertError(
-                    f"{type(model).__name__}: {name}.{tensor} is {found} after loading, expected {expected}: it was "
+                    f"{type(model).__name__}: {name}.{suffix} is {found} after loading, expected {expected}: it was "
                     "cast, or tied to an unquantized weight. Convert again and leave this layer unquantized."
                 )
+        module.weight.requires_grad_(False)  # Transformers asks for one of every floating-point parameter
 
 
 def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, int]) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,11 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from omni_convert.formats import FORMATS
-from omni_convert.formats.config import parse_config
+from omni_convert.formats.config import MIXED, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
-from omni_convert.runtime.replace import MODULES, check_converted, check_loaded, check_runnable, replace_linears
-
-_log = logging.getLogger(__name__)
+from omni_convert.runtime.names import register_names
+from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -27,10 +25,12 @@ class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **data: Any) -> None:
         self.quantization = parse_config(data)
-        self.quant_method = self.quantization.format.name
+        self.quant_method = MIXED  # chooses the quantizer; see ``names``
+        self._data = data
 
     def to_dict(self) -> dict[str, Any]:
-        return self.quantization.to_dict()
+        """As it was read: engines spell names in ways that we do not."""
+        return copy.deepcopy(self._data)
 
 
 class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -111,31 +111,4 @@ def _is_left_out(model: Any, layer: str) -> bool:
     return bool(architectures) and type(model).__name__ not in architectures
 
 
-def _guard(method: str, original: Any) -> type:
-    """Stands before Transformers' own config of the same name: its methods would take our codes for weights."""
-
-    class Guard:
-        @classmethod
-        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-            if original is None or FORMATS[method].serialized_flag in config_dict:
-                check_runnable("quantization_config", method)
-            return original.from_dict(config_dict, **kwargs)
-
-    return Guard
-
-
-def register(library: Any) -> None:
-    """Add our formats to the mappings of ``transformers.quantizers.auto``, except those another package has taken."""
-    for method in MODULES:
-        taken = library.AUTO_QUANTIZER_MAPPING.get(method, OmniConvertQuantizer)
-        if taken is not OmniConvertQuantizer:
-            _log.warning("quant_method %r of Transformers stays with %s, which registered it first", method, taken)
-            continue
-        library.AUTO_QUANTIZER_MAPPING[method] = OmniConvertQuantizer
-        library.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = OmniConvertConfig
-    configs = library.AUTO_QUANTIZATION_CONFIG_MAPPING
-    for method in FORMATS.keys() - MODULES.keys():
-        configs[method] = _guard(method, configs.get(method))
-
-
-register(auto)
+register_names(auto, OmniConvertQuantizer, OmniConvertConfig)

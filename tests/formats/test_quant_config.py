@@ -86,7 +86,7 @@ def test_several_formats_survive_the_disk() -> None:
     assert stored["quant_method"] == "omni_convert"
     assert [entry["quant_method"] for entry in stored["formats"]] == ["int8", "mxfp8", "modelopt"]
     assert [entry.get("layers") for entry in stored["formats"]] == [None, ["a"], ["b"]]
-    assert parse_config(stored) == config
+    assert parse_config(stored) == build_quant_config(stored) == config
     assert [config.format_on_disk(name).name for name in ("a", "b", "c")] == ["mxfp8", "fp8", "int8"]
 
 

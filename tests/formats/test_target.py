@@ -106,10 +106,12 @@ def test_nothing_works_for_a_class_without_quantized_layers(kind: str) -> None:
 def test_our_own_runtime_takes_any_class_in_the_formats_it_runs() -> None:
     from omni_convert.runtime.replace import MODULES
 
-    assert OMNI_CONVERT.formats.keys() == MODULES.keys()
+    assert OMNI_CONVERT.formats.keys() == {kind for _, kind, _ in KINDS}
+    assert {kind.split()[0] for kind in OMNI_CONVERT.formats} == MODULES.keys()
+    assert (OMNI_CONVERT.mixes, VLLM_OMNI.mixes) == (True, False)
     assert OMNI_CONVERT.refusal(None, "int8") is None
     assert OMNI_CONVERT.refusal("SD3.5", "int8") is None
-    assert OMNI_CONVERT.refusal(None, "mxfp8") == "it loads no mxfp8 weights"
+    assert OMNI_CONVERT.refusal(None, "nvfp4") == "it loads no nvfp4 weights"
     assert OMNI_CONVERT.find({"_class_name": "QwenImageTransformer2DModel"}, []) is None
     assert OMNI_CONVERT.knows(None)
     assert not VLLM_OMNI.knows(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from omni_convert.formats.base import Facts, Format
+from omni_convert.formats.config import LayerRule, QuantizationConfig
 from omni_convert.formats.int8 import Int8
 
 Quantize = Callable[..., Path]
+INT8 = Int8()
 
 
-def quantize_folder(source: Path, target: Path, keep: str = "embed|norm|proj_out|img_in|txt_in") -> Path:
-    """Quantize every 2-D weight of a model folder whose name does not match ``keep``; shards keep their names."""
+KEPT = "embed|norm|proj_out|img_in|txt_in"
+
+
+def quantize_folder(
+    source: Path, target: Path, keep: str = KEPT, fmt: Format = INT8, layers: Mapping[str, Format] | None = None
+) -> Path:
+    """Quantize every 2-D weight of a model folder whose name does not match ``keep``; shards keep their names.
+
+    ``layers``: regular expression -> the format of layers that match it, instead of ``fmt``.
+    """
     shutil.copytree(source, target)
-    fmt, ignored = Int8(), []
+    rules, ignored = [], []
     index_path = next(target.glob("*.index.json"), None)
     index = json.loads(index_path.read_text()) if index_path else {"weight_map": {}}
     for shard in sorted(target.glob("*.safetensors")):
@@ -32,14 +43,18 @@ def quantize_folder(source: Path, target: Path, keep: str = "embed|norm|proj_out
                 tensors[name] = value
                 ignored += [layer] if value.ndim == 2 else []
                 continue
-            for suffix, part in fmt.quantize(value).items():
+            own = next((other for pattern, other in (layers or {}).items() if re.search(pattern, layer)), fmt)
+            rules += [LayerRule(layer, own)] if own != fmt else []
+            for suffix, part in own.quantize(value, Facts(input_scale=0.25)).items():
                 tensors[f"{layer}.{suffix}"] = part
                 index["weight_map"][f"{layer}.{suffix}"] = shard.name
         save_file(tensors, shard, metadata={"format": "pt"})
     if index_path:
         index_path.write_text(json.dumps(index))
     config = json.loads((target / "config.json").read_text())
-    config["quantization_config"] = fmt.config([*ignored, "transformer_blocks.0.attn.to_qkv"])
+    names = (*ignored, "transformer_blocks.0.attn.to_qkv")
+    announced = QuantizationConfig(format=fmt, ignored_layers=names, layers=tuple(rules), is_serialized=True)
+    config["quantization_config"] = announced.to_dict()
     (target / "config.json").write_text(json.dumps(config))
     return target
 
@@ -87,7 +102,7 @@ def _bert_config() -> Any:
     from transformers import BertConfig
 
     return BertConfig(
-        vocab_size=64, hidden_size=48, num_hidden_layers=2, num_attention_heads=2, intermediate_size=72,
+        vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
         max_position_embeddings=32, architectures=["BertModel"],
     )  # fmt: skip
 

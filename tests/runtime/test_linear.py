@@ -1,4 +1,4 @@
-"""The module: an ``nn.Linear`` to everyone who looks, INT8 to everyone who casts, copies, saves or compiles it."""
+"""The module: an ``nn.Linear`` to everyone who looks, quantized to everyone who casts, copies, saves or compiles it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,42 @@ import pickle
 
 import pytest
 import torch
+from kinds import KINDS
+from loaded import expected_output
+from quantized import as_bytes
 from torch import nn
 
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats import format_label
+from omni_convert.formats.base import Facts, Format
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime import cpu
 from omni_convert.runtime.kernels import select_kernel
-from omni_convert.runtime.linear import Int8Linear
+from omni_convert.runtime.linear import Int8Linear, QuantizedLinear
 from omni_convert.runtime.reference import dequantized_linear, reference_linear
+from omni_convert.runtime.replace import MODULES
+
+INT8 = KINDS["int8"]
+every = pytest.mark.parametrize("fmt", KINDS.values(), ids=KINDS)
 
 
-def make_layer(rows: int = 24, columns: int = 40, bias: bool = True, seed: int = 0) -> Int8Linear:
+def quantized(fmt: Format, rows: int, columns: int) -> dict[str, torch.Tensor]:
+    tensors = fmt.quantize(torch.randn(rows, columns), Facts(input_scale=0.25))
+    return tensors | ({"mul_scale": torch.randn(columns).bfloat16().float()} if "mul_scale" in tensors else {})
+
+
+def make_layer(
+    fmt: Format = INT8, rows: int = 24, columns: int = 64, bias: bool = True, seed: int = 0
+) -> QuantizedLinear:
     torch.manual_seed(seed)
-    layer = Int8Linear(columns, rows, bias=bias, dtype=torch.bfloat16)
-    tensors = Int8().quantize(torch.randn(rows, columns))
-    layer.load_state_dict({**tensors, **({"bias": torch.randn(rows).bfloat16()} if bias else {})})
+    layer = MODULES[fmt.name](columns, rows, bias=bias, dtype=torch.bfloat16, fmt=fmt)
+    layer.load_state_dict(quantized(fmt, rows, columns) | ({"bias": torch.randn(rows).bfloat16()} if bias else {}))
     return layer
 
 
-def expected(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
+def expected(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """What the layer must return, to the bit."""
+    if not isinstance(layer, Int8Linear):
+        return expected_output(layer, x)
     operands = (x.reshape(-1, x.shape[-1]), layer.weight, layer.weight_scale, layer.bias)
     if select_kernel("int8", "cpu", (layer.out_features, layer.in_features)).kernel == "dequantize":
         y = dequantized_linear(*operands, layer._handle)  # a CPU whose integer kernels saturate
@@ -36,38 +53,50 @@ def expected(layer: Int8Linear, x: torch.Tensor) -> torch.Tensor:
     return y.reshape(*x.shape[:-1], layer.out_features)
 
 
-@pytest.fixture
-def layer() -> Int8Linear:
-    return make_layer()
+def flipped(weight: torch.Tensor) -> torch.Tensor:
+    """Other codes."""
+    return weight.detach().view(torch.uint8).flip(0).view(weight.dtype)
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def layer(request: pytest.FixtureRequest) -> QuantizedLinear:
+    return make_layer(request.param)
 
 
 @pytest.fixture
 def x() -> torch.Tensor:
-    return torch.randn(5, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
+    return torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
 
 
-@pytest.mark.parametrize("shape", [(40,), (0, 40), (3, 40), (2, 3, 40), (2, 0, 3, 40), (1, 1, 1, 1, 40)])
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (3, 64), (2, 3, 64), (2, 0, 3, 64), (1, 1, 1, 1, 64)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_any_leading_dimensions(shape: tuple[int, ...], bias: bool) -> None:
-    layer = make_layer(bias=bias)
+@every
+def test_any_leading_dimensions(shape: tuple[int, ...], bias: bool, fmt: Format) -> None:
+    layer = make_layer(fmt, bias=bias)
     x = torch.randn(shape).bfloat16()
     found = layer(x)
     assert found.shape == (*shape[:-1], 24)
     assert torch.equal(found, expected(layer, x))
 
 
-def test_non_contiguous_input(layer: Int8Linear) -> None:
-    x = torch.randn(40, 7, 3).bfloat16().permute(2, 1, 0)
+def test_non_contiguous_input(layer: QuantizedLinear) -> None:
+    x = torch.randn(64, 7, 3).bfloat16().permute(2, 1, 0)
     assert torch.equal(layer(x), expected(layer, x.contiguous()))
 
 
-def test_is_a_linear_and_says_what_it_is(layer: Int8Linear) -> None:
+def test_is_a_linear_and_says_what_it_is(layer: QuantizedLinear) -> None:
     assert isinstance(layer, nn.Linear)
-    assert "in_features=40, out_features=24, bias=True, format=int8, kernel=" in repr(layer)
-    assert "kernel=undecided" in repr(Int8Linear(8, 4, device="meta"))
-    assert [name for name, _ in layer.named_parameters()] == ["weight", "bias"]
+    text = f"in_features=64, out_features=24, bias=True, format={format_label(layer.format)}, kernel="
+    assert text in repr(layer)
+    assert isinstance(layer, Int8Linear) or "kernel=decode" in repr(layer)
+    assert "kernel=undecided" in repr(layer.to("meta"))
+    assert [name for name, _ in layer.named_parameters()] == ["bias", "weight"]
     assert not layer.weight.requires_grad
-    assert layer.state_dict().keys() == {"weight", "weight_scale", "bias"}
+    assert layer.state_dict().keys() == {*layer.format.suffixes, "bias"}
+    for suffix, spec in layer.format.tensors((24, 64)).items():
+        tensor = layer.state_dict()[suffix]
+        assert (tensor.shape, tensor.element_size() * tensor.numel()) == (spec.shape, spec.nbytes)
+    assert nn.Sequential(layer).state_dict().keys() == {f"0.{name}" for name in layer.state_dict()}
 
 
 @pytest.mark.parametrize(
@@ -77,36 +106,50 @@ def test_is_a_linear_and_says_what_it_is(layer: Int8Linear) -> None:
         lambda m: m.type(torch.float16), lambda m: m.to("cpu", torch.float16),
     ],
 )  # fmt: skip
-def test_casting_leaves_codes_and_scale_alone(layer: Int8Linear, x: torch.Tensor, cast: object) -> None:
-    weight, scale, before = layer.weight.clone(), layer.weight_scale.clone(), layer(x)
+def test_casting_leaves_codes_and_scale_alone(layer: QuantizedLinear, x: torch.Tensor, cast: object) -> None:
+    held = {name: tensor.clone() for name, tensor in layer.state_dict().items() if name != "bias"}
+    before = layer(x)
     model = nn.Sequential(layer)
     cast(model)  # type: ignore[operator]
-    assert layer.weight.dtype == torch.int8
-    assert layer.weight_scale.dtype == torch.float32
-    assert torch.equal(layer.weight, weight)
-    assert torch.equal(layer.weight_scale, scale)
+    for name, tensor in held.items():
+        assert layer.state_dict()[name].dtype == tensor.dtype
+        assert torch.equal(as_bytes(layer.state_dict()[name]), as_bytes(tensor))
+    assert isinstance(layer.weight, nn.Parameter)
+    assert not layer.weight.requires_grad
     assert layer.bias.dtype in (torch.float16, torch.bfloat16, torch.float64)
     assert torch.allclose(layer(x).float(), before.float(), rtol=0.02, atol=0.02)
 
 
-def test_meta_and_back() -> None:
-    layer = Int8Linear(8, 4, device="meta", dtype=torch.bfloat16).to(torch.float16)
-    assert (layer.weight.dtype, layer.weight_scale.dtype, layer.bias.dtype) == (
-        torch.int8, torch.float32, torch.float16,
-    )  # fmt: skip
+def test_codes_are_not_cast_in_vain(layer: QuantizedLinear) -> None:
+    """Libraries cast what is floating-point; of a large model that takes long, and memory."""
+    seen: list[torch.dtype] = []
+    layer._apply(lambda tensor: (seen.append(tensor.dtype), tensor)[1])
+    assert torch.float8_e4m3fn not in seen
+    assert len(seen) == len(layer.state_dict())
+
+
+@every
+def test_meta_and_back(fmt: Format) -> None:
+    layer = MODULES[fmt.name](64, 24, device="meta", dtype=torch.bfloat16, fmt=fmt).to(torch.float16)
+    full = make_layer(fmt)
+    for name, tensor in full.state_dict().items():
+        found = layer.state_dict()[name]
+        assert (found.dtype, found.shape) == (torch.float16 if name == "bias" else tensor.dtype, tensor.shape)
     layer = layer.to_empty(device="cpu")
-    layer.load_state_dict(make_layer(4, 8).state_dict())
-    assert layer(torch.ones(2, 8)).shape == (2, 4)
+    layer.load_state_dict(full.state_dict())
+    x = torch.ones(2, 64)
+    assert torch.allclose(layer(x), full(x), rtol=0.01)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_are_independent(layer: Int8Linear, x: torch.Tensor, duplicate: object) -> None:
+def test_copies_are_independent(layer: QuantizedLinear, x: torch.Tensor, duplicate: object) -> None:
     before = layer(x)
-    other: Int8Linear = duplicate(layer)  # type: ignore[operator]
+    other: QuantizedLinear = duplicate(layer)  # type: ignore[operator]
     assert torch.equal(other(x), before)
-    assert int(other._handle) != int(layer._handle)  # or each call would pack the weight again
+    if isinstance(other, Int8Linear) and isinstance(layer, Int8Linear):
+        assert int(other._handle) != int(layer._handle)  # or each call would pack the weight again
     with torch.no_grad():
-        other.weight.neg_()
+        other.weight.copy_(flipped(other.weight))
     assert torch.equal(other(x), expected(other, x))
     assert torch.equal(layer(x), before)
     del other
@@ -114,32 +157,33 @@ def test_copies_are_independent(layer: Int8Linear, x: torch.Tensor, duplicate: o
     assert torch.equal(layer(x), before)
 
 
-def test_whole_module_can_be_saved(layer: Int8Linear, x: torch.Tensor) -> None:
+def test_whole_module_can_be_saved(layer: QuantizedLinear, x: torch.Tensor) -> None:
     before, buffer = layer(x), io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(x), before)
 
 
-def test_new_weights_are_noticed(layer: Int8Linear, x: torch.Tensor) -> None:
+def test_new_weights_are_noticed(layer: QuantizedLinear, x: torch.Tensor) -> None:
     layer(x)
-    other = make_layer(seed=1)
+    other = make_layer(layer.format, seed=1)
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
-    layer.weight.data = -layer.weight.data
+    layer.weight.data = flipped(layer.weight)
     assert torch.equal(layer(x), expected(layer, x))
     layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
     assert torch.equal(layer(x), other(x))
     with torch.inference_mode():
         layer(x)
-    layer.load_state_dict(make_layer(seed=3).state_dict(), assign=True)
-    assert torch.equal(layer(x), make_layer(seed=3)(x))
+    layer.load_state_dict(make_layer(layer.format, seed=3).state_dict(), assign=True)
+    assert torch.equal(layer(x), make_layer(layer.format, seed=3)(x))
 
 
 def test_packed_weight_is_built_once_and_freed(x: torch.Tensor) -> None:
-    if cpu.refuse_onednn((24, 40)) is not None:
+    if cpu.refuse_onednn((24, 64)) is not None:
         pytest.skip("no packed weights on this CPU")
     layer = make_layer()
+    assert isinstance(layer, Int8Linear)
     number = int(layer._handle)
     assert number not in cpu._PACKS
     layer(x)
@@ -157,30 +201,40 @@ def test_packed_weight_is_built_once_and_freed(x: torch.Tensor) -> None:
     assert number not in cpu._PACKS
 
 
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"weight": torch.ones(24, 40)}, "without its companion"),
-        ({"weight_scale": torch.ones(24, 1)}, "without its companion"),
-        ({"weight": torch.ones(24, 40), "weight_scale": torch.ones(24, 1)}, "weight is torch.float32, expected"),
-        (
-            {"weight": torch.ones(24, 40, dtype=torch.int8), "weight_scale": torch.ones(24, 1).bfloat16()},
-            "weight_scale is torch.bfloat16, expected",
-        ),
-    ],
-)
-def test_wrong_state_is_refused(layer: Int8Linear, state: dict[str, torch.Tensor], message: str) -> None:
-    weight = layer.weight.clone()
-    with pytest.raises(RuntimeError, match=message):
-        layer.load_state_dict(state, strict=False)
-    assert torch.equal(layer.weight, weight)
+def test_wrong_state_is_refused(layer: QuantizedLinear) -> None:
+    """Nothing of what ``copy_`` would silently cast or reshape gets in."""
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    good = quantized(layer.format, 24, 64)
+    cases = [({suffix: tensor}, "without its companion") for suffix, tensor in good.items()]
+    for suffix, tensor in good.items():
+        other = torch.float32 if tensor.dtype != torch.float32 else torch.bfloat16
+        cases.append((good | {suffix: tensor.to(other)}, f"{suffix} is {other}, expected {tensor.dtype}"))
+        cases.append((good | {suffix: torch.ones(3, 5).to(tensor.dtype)}, f"{suffix} has shape .3, 5., expected"))
+    for state, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(state, strict=False)
+    for name in ("weight", "bias"):
+        assert torch.equal(as_bytes(layer.state_dict()[name]), as_bytes(before[name]))
 
 
-def test_gradient_is_that_of_the_dequantized_layer(layer: Int8Linear, x: torch.Tensor) -> None:
-    plain = nn.Linear(40, 24)
-    plain.load_state_dict({"weight": layer.weight.float() * layer.weight_scale, "bias": layer.bias})
+def test_tensors_of_another_shape_or_dtype_do_not_run(layer: QuantizedLinear, x: torch.Tensor) -> None:
+    for suffix in layer.format.suffixes[1:]:
+        held = getattr(layer, suffix)
+        for wrong in (torch.cat((held, held)), held.to(torch.float64)):
+            setattr(layer, suffix, wrong)
+            with pytest.raises(OmniConvertError, match=f"holds {suffix} "):
+                layer(x)
+        setattr(layer, suffix, held)
+    for wrong in (x.double(), x[:, :32]):
+        with pytest.raises(OmniConvertError, match="was given activations of"):
+            layer(wrong)
+
+
+def test_gradient_is_that_of_the_dequantized_layer(layer: QuantizedLinear, x: torch.Tensor) -> None:
+    plain = nn.Linear(64, 24)
+    plain.load_state_dict({"weight": layer.format.dequantize(layer.state_dict()), "bias": layer.bias})
     layer.float()
-    inputs = [x.float().reshape(1, 5, 40).requires_grad_() for _ in range(2)]
+    inputs = [x.float().reshape(1, 5, 64).requires_grad_() for _ in range(2)]
     for module, value in zip((layer, plain), inputs, strict=True):
         module(value).square().sum().backward()
     for a, b in ((inputs[0].grad, inputs[1].grad), (layer.bias.grad, plain.bias.grad)):
@@ -190,11 +244,12 @@ def test_gradient_is_that_of_the_dequantized_layer(layer: Int8Linear, x: torch.T
     assert layer.weight.grad is None
 
 
-def test_compiles_once_for_many_layers(x: torch.Tensor) -> None:
+@every
+def test_compiles_once_for_many_layers(x: torch.Tensor, fmt: Format) -> None:
     class Block(nn.Module):
         def __init__(self, seed: int) -> None:
             super().__init__()
-            self.first, self.second = make_layer(40, 40, seed=seed), make_layer(40, 40, seed=seed + 100)
+            self.first, self.second = make_layer(fmt, 64, seed=seed), make_layer(fmt, 64, seed=seed + 100)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.silu(self.second(self.first(x))) + x
@@ -206,7 +261,7 @@ def test_compiles_once_for_many_layers(x: torch.Tensor) -> None:
             assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
 
-def test_compiles_with_inductor(layer: Int8Linear, x: torch.Tensor) -> None:
+def test_compiles_with_inductor(layer: QuantizedLinear, x: torch.Tensor) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from loaded import assert_holds, stored
 from torch import nn
 
 import omni_convert
@@ -19,23 +19,6 @@ from omni_convert import OmniConvertError
 from omni_convert.runtime.linear import Int8Linear
 
 BF16 = torch.bfloat16
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
-
-
-def assert_holds(model: nn.Module, folder: Path, prefix: str = "") -> None:
-    """Codes and scales are those on disk, to the bit and in dtype; every quantized layer is a quantized module."""
-    on_disk, state = stored(folder), model.state_dict()
-    for name, value in on_disk.items():
-        layer = name.rpartition(".")[0]
-        if f"{layer}.weight_scale" in on_disk and layer.startswith(prefix):
-            found = state[name.removeprefix(prefix)]
-            if not name.endswith(".bias"):
-                assert found.dtype == value.dtype, name
-            assert torch.equal(found, value.to(found.dtype)), name
-            assert isinstance(model.get_submodule(layer.removeprefix(prefix)), Int8Linear)
 
 
 def test_every_route_to_a_diffusers_model(qwen: Path, qwen_inputs: dict[str, Any]) -> None:

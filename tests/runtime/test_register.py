@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from kinds import KINDS
+
+from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime.names import register_names
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "numba", "numpy", "safetensors"}
 
@@ -38,18 +45,54 @@ def test_registers_in_any_order(code: str) -> None:
     assert run(code) == "omni_convert.runtime.diffusers_plugin omni_convert.runtime.transformers_plugin"
 
 
-def test_another_packages_quantizer_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    from types import SimpleNamespace
+def test_names_of_others_keep_what_is_theirs() -> None:
+    """Their quantizer stays, their config class too, except for configs that we wrote."""
 
-    from omni_convert.runtime import diffusers_plugin, transformers_plugin
+    class Ours:
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any]) -> object:
+            return "ours", config_dict
 
-    for plugin in (diffusers_plugin, transformers_plugin):
-        quantizers: dict[str, type] = {"int8": dict}
-        configs: dict[str, type] = {}
-        plugin.register(SimpleNamespace(AUTO_QUANTIZER_MAPPING=quantizers, AUTO_QUANTIZATION_CONFIG_MAPPING=configs))
-        assert quantizers == {"int8": dict}
-        assert "int8" not in configs
-    assert caplog.text.count("registered it first") == 2
+    class Theirs:
+        def __init__(self, quant_type: str) -> None:
+            self.quant_type = quant_type
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any]) -> object:
+            return cls(config_dict["quant_type"])
+
+    quantizers: dict[str, type] = {"fp8": dict}
+    configs: dict[str, Any] = {"fp8": Theirs, "modelopt": Theirs}
+    library = SimpleNamespace(AUTO_QUANTIZER_MAPPING=quantizers, AUTO_QUANTIZATION_CONFIG_MAPPING=configs)
+    register_names(library, int, Ours)
+    register_names(library, int, Ours)
+    assert quantizers.keys() == {"omni_convert", *FORMATS}
+    assert quantizers["fp8"] is dict
+    assert quantizers["omni_convert"] is quantizers["int8"] is int
+    for kind in ("fp8 tensor", "fp8 channel", "mxfp8"):
+        config = KINDS[kind].config(["a"])
+        assert configs[config["quant_method"]].from_dict(config) == ("ours", config)
+    for method in ("fp8", "modelopt"):
+        assert issubclass(configs[method], Theirs)
+        assert configs[method].__name__ == "Theirs"
+        read = configs[method].from_dict({"quant_method": method, "quant_type": "x"})
+        for made in (configs[method](quant_type="x"), read):
+            assert (type(made), made.quant_type) == (Theirs, "x")
+
+
+def test_the_libraries_own_configs_are_read_as_before() -> None:
+    from diffusers.quantizers import auto as diffusers_auto
+    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    for method, expected in (("fp8", FineGrainedFP8Config), ("mxfp8", FineGrainedFP8Config), ("mxfp4", Mxfp4Config)):
+        found = AutoQuantizationConfig.from_dict({"quant_method": method})
+        assert type(found) is expected
+    with pytest.raises(OmniConvertError, match="'modelopt' with quant_algo FP8, expected one of"):
+        AutoQuantizationConfig.from_dict({"quant_method": "modelopt", "quant_algo": "FP8"})
+    modelopt = diffusers_auto.AUTO_QUANTIZATION_CONFIG_MAPPING["modelopt"]
+    assert issubclass(modelopt, diffusers_auto.NVIDIAModelOptConfig)
+    assert diffusers_auto.AUTO_QUANTIZER_MAPPING["modelopt"] is diffusers_auto.NVIDIAModelOptQuantizer
 
 
 def test_public_names() -> None:

@@ -1,0 +1,108 @@
+"""Decoding gives the bits of ``dequantize``, however the weight is cut; the linear on top is PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kinds import KINDS
+
+from omni_convert.formats import make_format
+from omni_convert.formats.base import Facts, Format
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime import decode, kernels
+
+DECODED = {kind: fmt for kind, fmt in KINDS.items() if kind != "int8"} | {
+    "fp8 odd blocks": make_format("fp8", block_size=(3, 48)),
+}
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((1, 64), (70, 64), (130, 1088), (65, 131), (5, 7))
+every = pytest.mark.parametrize("fmt", DECODED.values(), ids=DECODED)
+
+
+def tensors_of(fmt: Format, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """With rows of every size and, where there is one, an uneven ``mul_scale``."""
+    generator = torch.Generator().manual_seed(shape[0])
+    weight = torch.randn(shape, generator=generator) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
+    tensors = fmt.quantize(weight, Facts(input_scale=0.25))
+    if "mul_scale" in tensors:
+        tensors["mul_scale"] = torch.randn(shape[1], generator=generator).bfloat16().float()
+    return tensors
+
+
+@every
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 1000, decode.CHUNK])
+def test_decoded_is_dequantized(
+    fmt: Format, shape: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fmt.refusal(shape) is not None:
+        pytest.skip("the format holds no such weight")
+    monkeypatch.setattr(decode, "CHUNK", chunk)
+    tensors = tensors_of(fmt, shape)
+    for dtype in DTYPES:
+        found = decode.decode(fmt, tensors, torch.empty(shape, dtype=dtype))
+        assert torch.equal(found, fmt.dequantize(tensors).to(dtype))
+
+
+@every
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_in_blocks_of_rows(fmt: Format, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (200, 128)
+    tensors, values = tensors_of(fmt, shape), torch.randn(200).bfloat16() if bias else None
+    for dtype in DTYPES:
+        x = torch.randn(5, 128).to(dtype)
+        cast = None if values is None else values.to(dtype)
+        expected = torch.nn.functional.linear(x, fmt.dequantize(tensors).to(dtype), cast)
+        assert torch.equal(decode.decoded_linear(fmt, x, tensors, values), expected)
+        with monkeypatch.context() as patch:
+            patch.setattr(decode, "BUFFER", 1)
+            found = decode.decoded_linear(fmt, x, tensors, values)
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert error <= (1e-6 if dtype == torch.float32 else 0)  # the order of float32 sums is the library's
+
+
+@pytest.mark.parametrize("columns", [256, 255])
+def test_every_code(columns: int) -> None:
+    """NaN stays one: what no conversion writes is not read as a number."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)[:, :columns].view(torch.float8_e4m3fn)
+    tensors = {"weight": codes, "weight_scale": torch.ones(1)}
+    found = decode.decode(KINDS["fp8 tensor"], tensors, torch.empty(3, columns))
+    assert torch.equal(found.view(torch.int32), codes.to(torch.float32).view(torch.int32))
+
+
+def test_codes_at_an_odd_place() -> None:
+    codes = torch.randn(1 + 4 * 6).to(torch.float8_e4m3fn)[1:].view(4, 6)
+    tensors = {"weight": codes, "weight_scale": torch.ones(4)}
+    found = decode.decode(KINDS["fp8 channel"], tensors, torch.empty(4, 6))
+    assert torch.equal(found, codes.to(torch.float32))
+    turned = codes.view(torch.uint8).t().contiguous().t().view(torch.float8_e4m3fn)
+    found = decode.decode(KINDS["fp8 channel"], tensors | {"weight": turned}, torch.empty(4, 6))
+    assert torch.equal(found, codes.to(torch.float32))
+
+
+@pytest.mark.parametrize("kind", ["mxfp8", "mxfp4"])
+def test_every_exponent(kind: str) -> None:
+    fmt, codes = KINDS[kind], torch.tensor([0.5, -6.0] * 16).to(torch.float8_e4m3fn).repeat(256, 1)
+    tensors = {"weight": codes, "weight_scale": torch.arange(256, dtype=torch.uint8).unsqueeze(1)}
+    for dtype in DTYPES:
+        found = decode.decode(fmt, tensors, torch.empty(256, 32, dtype=dtype))
+        assert torch.equal(found, fmt.dequantize(tensors).to(dtype))
+
+
+@every
+def test_operator_passes_torchs_own_checks(fmt: Format) -> None:
+    tensors = tensors_of(fmt, (6, 64))
+    weight, *scales = tensors.values()
+    x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(6, requires_grad=True)
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    text = kernels.format_text(fmt)  # (test_schema multiplies its inputs, which e4m3 has no operator for)
+    torch.library.opcheck(kernels.weight_only_linear, (x, weight, scales, bias, text), test_utils=checks)
+
+
+def test_choice_says_why() -> None:
+    for device in ("cpu", "cuda", "mps"):
+        choice = kernels.select_kernel("mxfp8", device, (64, 64))
+        assert (choice.kernel, choice.rejected) == ("decode", {})
+        assert choice.note.startswith("weight-only")
+    with pytest.raises(OmniConvertError, match="an mxfp8 layer on an Ascend NPU"):
+        kernels.select_kernel("mxfp8", "npu", (64, 64))
