@@ -239,14 +239,22 @@ class View:
     @cached_property
     def _patterns(self) -> Mapping[str, tuple[Pattern, frozenset[str]]]:
         """Every pattern, with the engine's names of which some layer matches by its own name."""
-        patterns = map(Pattern, (*self.config.ignored_layers, *(rule.name for rule in self.config.layers)))
-        return {
-            str(pattern): (
-                pattern,
-                frozenset(name for name, peers in self.peers.items() if any(map(pattern.matches, peers))),
-            )
-            for pattern in patterns
-        }
+        patterns = {}
+        for text in (*self.config.ignored_layers, *(rule.name for rule in self.config.layers)):
+            pattern = self._pattern(text)
+            named = (name for name, peers in self.peers.items() if any(map(pattern.matches, peers)))
+            patterns[text] = pattern, frozenset(named)
+        return patterns
+
+    def _pattern(self, text: str) -> Pattern:
+        """``text`` as it is, or, if that means nothing here, without the name of this component in front."""
+        pattern = Pattern(text)
+        own = text.removeprefix(f"{self.component.name}.")
+        return pattern if own in ("", text) or any(map(pattern.matches, self.names)) else Pattern(own)
+
+    def means(self, text: str) -> bool:
+        """Whether a pattern means any layer here."""
+        return any(map(self._pattern(text).matches, self.names))
 
     def decide_all(self) -> dict[str, Decision]:
         """The decision for every tensor. Engines run the layers under one name as one matrix: all of them are
@@ -256,6 +264,7 @@ class View:
             UsageError: some are kept and some are not.
         """
         decided = {name: self.decide(name, tensor.spec) for name, tensor, _ in self.component.tensors()}
+        self._check_complete()
         for runtime, layers in self.peers.items():
             names = [f"{layer}.weight" for layer in layers]
             kept = [name for name in names if not decided[name].format]
@@ -266,13 +275,23 @@ class View:
                 decided |= dict.fromkeys(quantized, Decision(format=None, reason=reason))
         return decided
 
+    def _check_complete(self) -> None:
+        known = set(self.layers)
+        for layer in self.layers:
+            group = self.table.group(layer) if self.table else None
+            if group and (missing := [member for member in group[1] if member not in known]):
+                raise OmniConvertError(
+                    f"{self.component.folder}: holds {layer} but not {missing[0]}, expected both: they are parts of "
+                    f"{group[0]}. The checkpoint is incomplete: fetch it again."
+                )
+
     def _check_widened(self, runtime: str, kept: str, quantized: str, reason: str) -> None:
         if self.recipe.ignore_whole_group:
             return
         raise UsageError(
             f"{kept.removesuffix('.weight')} is kept ({reason}) but {quantized.removesuffix('.weight')} is not. "
-            f"Engines fuse both into {runtime}, which is quantized as a whole or not at all: "
-            f"--ignore {runtime.rsplit('.', 1)[-1]}, none of its parts, or --ignore-whole-group to keep the rest too."
+            f"Engines fuse both into {runtime}, which is quantized as a whole or not at all. Keep all of it with "
+            f"--ignore {runtime.rsplit('.', 1)[-1]} or --ignore-whole-group, or keep none of it."
         )
 
     def engine_names(self, layers: Iterable[str]) -> set[str]:

@@ -12,12 +12,12 @@ from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.decide import Decision, View, holds_experts, natural_key
+from omni_convert.converter.pipeline import check_component, encoder_layers, is_known, no_encoder
 from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
 from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
 from omni_convert.formats.patterns import Pattern
-from omni_convert.formats.target import names_of_encoder
 
 _QUANTIZED_NAME = re.compile(
     r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
@@ -162,18 +162,20 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         _refuse_quantized(component)
     views = [View(component, recipe, checkpoint.pipeline_class) for component in checkpoint.components]
     for view in views:
+        check_component(view, checkpoint, views)
         view.check_target()
     _check_patterns(views, recipe)
     _check_scale_names(views, recipe)
     parts = [_plan_component(view) for view in views]
     for part in parts:
         _check_quantizes(part, checkpoint, recipe)
-    warnings = _warnings(views) + _kept_experts(parts, recipe)
+    warnings = _warnings(views, checkpoint) + _kept_experts(parts, recipe)
     for place, view in enumerate(views):
-        encoder = _encoder_layers(view, checkpoint, parts)
+        encoder = encoder_layers(view, checkpoint)
         if encoder is None:
-            warnings.append(_no_encoder(view))
-        parts[place] = _with_ignored(parts[place], view, encoder or ())
+            warnings.append(no_encoder(view))
+        quantized = {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
+        parts[place] = _with_ignored(parts[place], view, (encoder or set()) - quantized)
     return Plan(checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings))
 
 
@@ -193,10 +195,15 @@ def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> Co
 def _check_patterns(views: Sequence[View], recipe: Recipe) -> None:
     """Every pattern must mean a layer of some component that it was given for."""
     for name, config in recipe.parts.items():
-        names = sorted({known for view in views if recipe.part(view.component.name) is config for known in view.names})
+        own = [view for view in views if recipe.part(view.component.name) is config]
+        names = sorted({known for view in own for known in view.names})
+
+        def means(text: str, own: Sequence[View] = own) -> bool:
+            return any(view.means(text) for view in own)
+
         where = f" ({name})" if name else ""
-        check_patterns(f"--ignore{where}", config.ignored_layers, names)
-        check_patterns(f"--layer{where}", (rule.name for rule in config.layers), names)
+        check_patterns(f"--ignore{where}", config.ignored_layers, names, means)
+        check_patterns(f"--layer{where}", (rule.name for rule in config.layers), names, means)
 
 
 def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -214,9 +221,9 @@ def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe
     )
 
 
-def _warnings(views: Sequence[View]) -> list[str]:
+def _warnings(views: Sequence[View], checkpoint: Checkpoint) -> list[str]:
     """What is not known of the target, and on what condition it loads the result."""
-    unknown = [view for view in views if not view.target.knows(view.table)]
+    unknown = [view for view in views if not is_known(view, checkpoint)]
     warnings = []
     if unknown:
         title = unknown[0].target.title
@@ -259,38 +266,6 @@ def _unquantized(recipe: Recipe) -> list[Pattern]:
 
 
 _CONSIDERABLE = 0.1
-
-
-def _encoder_layers(view: View, checkpoint: Checkpoint, parts: Sequence[ComponentPlan]) -> set[str] | None:
-    """The linears of a text encoder that the target builds with this component's config, unless they are quantized
-    too; None if the checkpoint lacks the encoder's config.
-
-    Raises:
-        OmniConvertError: that config does not say how many layers the encoder has.
-    """
-    encoder = view.table.text_encoder if view.table else None
-    if view.table is None or encoder is None:
-        return set()
-    config = checkpoint.component_config(encoder.component)
-    if config is None:
-        return None
-    try:
-        names = set(names_of_encoder(view.table, config))
-    except KeyError as error:
-        raise OmniConvertError(
-            f"{checkpoint.root / encoder.component / 'config.json'}: has no number of layers {error.args[0]}, expected "
-            f"one, because {view.target.title} builds this text encoder with the transformer's quantization_config. "
-            "The download is damaged: fetch it again."
-        ) from error
-    return names - {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
-
-
-def _no_encoder(view: View) -> str:
-    return (
-        f"{view.target.title} builds the text encoder of {view.architecture} with the transformer's "
-        "quantization_config, which must list the encoder's layers, and this source has no text encoder. Convert the "
-        "whole pipeline."
-    )
 
 
 def _reasons(part: ComponentPlan) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -180,8 +180,17 @@ def make_recipe(
         UsageError: not exactly one of ``quantization``, ``method`` and ``recipe``, or what they refuse.
     """
     options = {name: value for name, value in options.items() if value is not None}
-    if sum(value is not None for value in (quantization, method, recipe)) != 1:
-        raise UsageError("expected one of --method and --recipe, and not both.")
+    _check_lists(ignore=ignore, layers=layers, components=components)
+    if unknown := [name for name in options if name not in Choices.__annotations__]:
+        raise UsageError(f"found the option {unknown[0]}, expected any of {', '.join(Choices.__annotations__)}.")
+    if components and all(value is None for value in (quantization, method, recipe)):
+        quantization, components = _own_methods(components), ()
+    given = [value for value in (quantization, method, recipe) if value is not None]
+    if len(given) != 1:
+        raise UsageError(
+            f"found {len(given) or 'nothing'} that {'say' if given else 'says'} how to quantize, expected one of "
+            "--method and --recipe (from Python: a method or a dict)."
+        )
     if options and method is None:
         flag = f"--{next(iter(options)).replace('_', '-')}"
         raise UsageError(f"{flag}: needs --method. Beside a recipe or a config, write it there.")
@@ -190,12 +199,31 @@ def make_recipe(
     added |= {} if default_ignore else {"default_ignore": False}
     added |= {"ignore_whole_group": True} if ignore_whole_group else {}
     if recipe is not None:
-        made = Recipe.from_dict({**recipe, **added}, components)
+        made = _read(recipe, added, components)
     else:
         made = Recipe(parts=_parts(quantization or _spec(method, options), components), **added)
     rules = tuple(map(parse_layer_rule, layers))
     ignored = tuple(str(Pattern(text)) for text in ignore)
     return replace(made, parts={name: with_rules(part, ignored, rules) for name, part in made.parts.items()})
+
+
+def _check_lists(**lists: Sequence[str]) -> None:
+    for name, value in lists.items():
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise UsageError(f"{name} is {printable(value)}, expected a list of strings.")
+
+
+def _read(recipe: Mapping[str, Any], added: Mapping[str, Any], components: Sequence[str]) -> Recipe:
+    try:
+        return Recipe.from_dict({**recipe, **added}, components)
+    except UsageError as error:
+        raise UsageError(f"--recipe: {error}") from error
+
+
+def _own_methods(components: Sequence[str]) -> dict[str, str] | None:
+    """``NAME=METHOD`` of every component; None if one has no method."""
+    own = [text.partition("=") for text in components]
+    return {name: method for name, _, method in own} if all(equals for _, equals, _ in own) else None
 
 
 def _spec(method: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +240,8 @@ def _parts(spec: Spec, components: Sequence[str]) -> dict[str, QuantizationConfi
         parts = built
     else:
         parts = dict(_named_part(text, built) for text in components) or {DEFAULT_PART: built}
+        if len(parts) < len(set(components)) and components:
+            raise UsageError(f"--component: {', '.join(components)} give one two methods, expected one.")
     quantized = {name: part for name, part in parts.items() if part is not None}
     if not quantized:
         raise UsageError("nothing would be quantized: the method of every component is none.")
@@ -226,10 +256,13 @@ def _parts(spec: Spec, components: Sequence[str]) -> dict[str, QuantizationConfi
 def _named_part(text: str, default: QuantizationConfig | None) -> tuple[str, QuantizationConfig | None]:
     """``NAME`` or ``NAME=METHOD``, with the rules of ``default``."""
     name, equals, method = text.partition("=")
-    own = component_config(name, method) if equals else default
+    own = component_config(f"--component {text}", method) if equals else default
     if own is None or default is None:
         return name, own
     return name, replace(default, format=own.format)
+
+
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 def read_recipe(path: Path) -> Mapping[str, Any]:
@@ -244,7 +277,7 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
         """Refuses what YAML allows: that one key of a mapping silently replaces another."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
             if repeated := [key for place, key in enumerate(keys) if key in keys[:place]]:
                 raise yaml.YAMLError(f"key {repeated[0]} twice{node.start_mark}")
             return super().construct_mapping(node, deep)
@@ -252,7 +285,8 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         data = yaml.load(path.read_text("utf-8"), Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise OmniConvertError(f"{path}: cannot be read as YAML ({printable(error)}). Correct the file.") from error
+        said = printable(" ".join(str(error).split()))
+        raise OmniConvertError(f"{path}: cannot be read as YAML ({said}). Correct the file.") from error
     if isinstance(data, Mapping) and "omni_convert" in data:
         data = data.get("recipe")
     if not isinstance(data, Mapping):
@@ -285,14 +319,16 @@ def read_input_scales(path: Path) -> dict[str, float]:
     return scales
 
 
-def check_patterns(flag: str, patterns: Iterable[str], layers: Collection[str]) -> None:
-    """Every pattern must match a layer. ``flag``: what it was given with.
+def check_patterns(
+    flag: str, patterns: Iterable[str], layers: Collection[str], means: Callable[[str], bool] | None = None
+) -> None:
+    """Every pattern must match a layer. ``flag``: what it was given with. ``means``: whether it does, if not by name.
 
     Raises:
         UsageError: one matches nothing; shows the closest names.
     """
     for pattern in map(Pattern, patterns):
-        if not any(pattern.matches(layer) for layer in layers):
+        if not (means(pattern.text) if means else any(map(pattern.matches, layers))):
             close = closest_names(pattern.text, layers)
             raise UsageError(
                 f"{flag} {pattern}: no layer of the model matches. "

@@ -42,8 +42,10 @@ def make_format(
         UsageError: an unknown method, or a choice that the format does not have.
     """
     if method not in FORMATS:
-        raise UsageError(f"--method is {method!r}, expected one of {', '.join(FORMATS)}.")
+        raise UsageError(f"the method is {method!r}, expected one of {', '.join(FORMATS)}.")
     fmt = FORMATS[method]
+    if block_size is not None:
+        _check_choice(fmt, "block_size", block_size)
     if block_size is not None and granularity is None:
         granularity = "block"
     given: dict[str, Any] = {

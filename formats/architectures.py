@@ -74,11 +74,13 @@ class TextEncoder:
     """A text encoder that the engine builds with the transformer's quantization config.
 
     ``layers``: what the engine calls its linears. ``count``: the key of its config that says how many ``N`` there are.
+    ``may_be_quantized``: they are the checkpoint's linears under the same names, so that they may be quantized too.
     """
 
     component: str
     layers: Sequence[str]
     count: Sequence[str]
+    may_be_quantized: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

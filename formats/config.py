@@ -39,6 +39,17 @@ class QuantizationConfig:
     layers: tuple[LayerRule, ...] = ()
     is_serialized: bool = False
 
+    def __post_init__(self) -> None:
+        """Layers that an engine fuses share or keep their scales all alike, so rules have the default's choice."""
+        choice = getattr(self.format, "fused_scale", None)
+        rules = (
+            rule._replace(format=replace(rule.format, fused_scale=choice))  # type: ignore[type-var]
+            if choice and hasattr(rule.format, "fused_scale")
+            else rule
+            for rule in self.layers
+        )
+        object.__setattr__(self, "layers", tuple(rules))
+
     @property
     def formats(self) -> tuple[Format, ...]:
         """Every format that occurs, the default first."""

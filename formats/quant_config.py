@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from omni_convert.formats import FORMATS, format_options, make_format
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import MIXED, LayerRule, QuantizationConfig, parse_config
+from omni_convert.formats.config import METHODS, LayerRule, QuantizationConfig, parse_config
 from omni_convert.formats.errors import UsageError, printable
 from omni_convert.formats.patterns import Pattern
 
@@ -70,10 +70,14 @@ def component_config(name: str, spec: Spec) -> QuantizationConfig | None:
     Raises:
         UsageError: ``spec`` is one of several components.
     """
-    config = build_quant_config(spec)
-    if isinstance(config, dict):
+    if isinstance(spec, Mapping) and not any(key in spec for key in _METHOD_KEYS):
         raise UsageError(f"{name}: found {printable(spec)}, expected a method, or a dict with a method.")
-    return config
+    if isinstance(spec, bool):
+        raise UsageError(f"{name}: found {spec} (no and yes in YAML), expected a method, or none.")
+    try:
+        return cast("QuantizationConfig | None", build_quant_config(spec))
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def parse_layer_rule(text: str) -> LayerRule:
@@ -81,14 +85,19 @@ def parse_layer_rule(text: str) -> LayerRule:
     pattern, equals, method = text.rpartition("=")
     if not equals or not pattern:
         raise UsageError(f"--layer is {text!r}, expected PATTERN=METHOD, as in txt_mlp=fp8 or img_mlp=none.")
-    return _layer_rule(pattern, method)
+    return _layer_rule(pattern, method, f"--layer {text}")
 
 
 def config_spec(config: QuantizationConfig) -> dict[str, Any]:
     """What ``build_quant_config`` makes the same config from, as JSON or YAML hold it."""
-    layers = [{rule.name: _format_spec(rule.format) if rule.format else None} for rule in config.layers]
+    layers = [{rule.name: _rule_spec(rule.format)} for rule in config.layers]
     spec = {**_format_spec(config.format), "ignored_layers": list(config.ignored_layers)}
     return {**spec, "layers": layers} if layers else spec
+
+
+def _rule_spec(fmt: Format | None) -> dict[str, Any] | None:
+    """Without what is one for the whole component."""
+    return {key: value for key, value in _format_spec(fmt).items() if key != "fused_scale"} if fmt else None
 
 
 def _format_spec(fmt: Format) -> dict[str, Any]:
@@ -100,8 +109,13 @@ def _format_spec(fmt: Format) -> dict[str, Any]:
 
 def _from_dict(data: Mapping[str, Any]) -> QuantizationConfig | None:
     flags = {key: data[key] for key in data if _is_flag(key)}
-    if any(value is True for value in flags.values()) or data.get("quant_method") == MIXED:
+    if any(value is True for value in flags.values()) or _says_serialized(data.get("quant_method")):
         return parse_config(data)
+    if len({str(data[key]) for key in _METHOD_KEYS if key in data}) > 1:
+        raise UsageError(
+            f"found method {printable(data['method'])} and quant_method {printable(data['quant_method'])}, expected "
+            "one of them."
+        )
     known = {"method" if key in _METHOD_KEYS else key: value for key, value in data.items() if key not in flags}
     if wrong := [key for key, value in flags.items() if value is not False]:
         raise UsageError(f"{wrong[0]} is {data[wrong[0]]!r}, expected true or false.")
@@ -134,11 +148,19 @@ def _layer_rules(item: object) -> list[LayerRule]:
     return [_layer_rule(_text(pattern, "layers"), spec) for pattern, spec in item.items()]
 
 
-def _layer_rule(pattern: str, spec: Spec) -> LayerRule:
-    config = component_config(pattern, spec)
-    if config and (config.ignored_layers or config.layers):
-        raise UsageError(f"layers: {pattern} has layers of its own, expected a method and its options.")
+def _layer_rule(pattern: str, spec: Spec, where: str = "") -> LayerRule:
+    where = where or f"layers: {pattern}"
+    config = component_config(where, spec)
+    if config and (config.ignored_layers or config.layers or config.is_serialized):
+        raise UsageError(f"{where} has layers of its own or is serialized, expected a method and its options.")
+    if isinstance(spec, Mapping) and "fused_scale" in spec:
+        raise UsageError(f"{where}: fused_scale is one for the whole component, expected it beside its method.")
     return LayerRule(str(Pattern(pattern)), config.format if config else None)
+
+
+def _says_serialized(method: object) -> bool:
+    """Whether this ``quant_method`` occurs on disk only."""
+    return isinstance(method, str) and method in METHODS and method not in FORMATS
 
 
 def _is_flag(key: object) -> bool:

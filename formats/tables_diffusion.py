@@ -90,6 +90,7 @@ DIFFUSION_TABLES: Sequence[Architecture] = (
                 "lm_head",
             ),
             count=("num_hidden_layers",),
+            may_be_quantized=True,
         ),
     ),
     Architecture(

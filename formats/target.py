@@ -108,7 +108,7 @@ def find_target(name: str) -> Target:
     Raises:
         UsageError: there is none of that name.
     """
-    if name not in TARGETS:
+    if not isinstance(name, str) or name not in TARGETS:
         raise UsageError(f"--target is {name!r}, expected one of {', '.join(TARGETS)}.")
     return TARGETS[name]
 

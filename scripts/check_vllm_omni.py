@@ -233,6 +233,8 @@ def main() -> int:
     parser.add_argument("--method", choices=LARGEST_ERROR, help="of the converted folder")
     parser.add_argument("--family", action="append", choices=FAMILIES, metavar="NAME", help="only these families")
     args = parser.parse_args()
+    if args.folders and (len(args.folders) != 2 or args.method is None):
+        parser.error("expected two folders, the original and the converted one, and --method")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills parameters that nothing is loaded into with NaN
     found = rows(args.family or FAMILIES)
     if args.folders:

@@ -105,7 +105,9 @@ def test_options(omni_convert: Command, source: Path, tmp_path: Path) -> None:
     assert (out / "README.md").samefile(source / "README.md")
     assert "sha256" in json.loads((out / "omni_convert.json").read_text())["source"]["files"]["README.md"]
     assert "not empty" in omni_convert.fails(1, "--method", "int8", source, out)
-    result = omni_convert("--method", "int8", "--overwrite", "--component", "text_encoder", source, out)
+    result = omni_convert(
+        "--method", "int8", "--overwrite", "--component", "text_encoder", "--target", "omni-convert", source, out
+    )
     assert (result.code, result.stdout.split()[2]) == (0, "2")
 
 

@@ -212,7 +212,9 @@ def test_interrupted_output_is_finished_by_the_same_job(source: Path, interrupte
     assert snapshot(interrupted) == snapshot(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("options", [{"ignore": ["to_qkv"]}, {"components": ["text_encoder"]}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"ignore": ["to_qkv"]}, {"components": ["text_encoder"], "target": "omni-convert"}], ids=str
+)
 def test_interrupted_output_of_another_job(source: Path, interrupted: Path, options: dict[str, Any]) -> None:
     refused(source, interrupted, interrupted, "another conversion", "--overwrite", **options)
     to_int8(source, interrupted, overwrite=True, **options)

@@ -91,7 +91,8 @@ def test_qualities_may_differ_where_methods_may_not(model: Path, tmp_path: Path)
 def test_components_have_methods_of_their_own(tmp_path: Path) -> None:
     source = write_pipeline(tmp_path / "model")
     choices: dict[str, Any] = {"quantization": {"transformer": "int8", "text_encoder": "fp8", "vae": None}}
-    by_flag = plan(source, method="int8", components=["transformer", "text_encoder=fp8"])
+    choices["target"] = "omni-convert"
+    by_flag = plan(source, method="int8", components=["transformer", "text_encoder=fp8"], target="omni-convert")
     for planned in (plan(source, **choices), by_flag):
         written = {part.component.name: part.quantization.to_dict()["quant_method"] for part in planned.components}
         assert written == {"transformer": "int8", "text_encoder": "fp8"}
@@ -107,7 +108,7 @@ def test_patterns_belong_to_their_component(tmp_path: Path) -> None:
     source = write_pipeline(tmp_path / "model")
     spec = {"transformer": "int8", "text_encoder": {"method": "int8", "ignored_layers": ["img_mlp"]}}
     with pytest.raises(UsageError, match=r"--ignore \(text_encoder\) img_mlp: no layer"):
-        plan(source, spec)
+        plan(source, spec, target="omni-convert")
 
 
 def run(*arguments: str | Path) -> Any:

@@ -173,6 +173,20 @@ def test_what_is_typed_goes_before_the_recipe() -> None:
     assert all(config.ignored_layers == ("a",) for config in named.parts.values())
 
 
+def test_components_may_all_have_methods_of_their_own() -> None:
+    recipe = make_recipe(components=["a=int8", "b=fp8"])
+    assert {name: config.format.name for name, config in recipe.parts.items()} == {"a": "int8", "b": "fp8"}
+
+
+def test_yaml_merges(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "components:\n  a: &a {method: int8, ignored_layers: [x]}\n  b:\n    <<: *a\n    quality: balanced\n"
+    )
+    parts = make_recipe(recipe=read_recipe(path)).parts
+    assert (parts["b"].format, parts["b"].ignored_layers) == (make_format("int8", quality="balanced"), ("x",))
+
+
 def test_the_python_forms_are_one() -> None:
     spec = {"method": "fp8", "weight_block_size": [64, 64], "ignored_layers": ["a"]}
     made = make_recipe(method="fp8", block_size=(64, 64), ignore=["a"])
@@ -184,8 +198,16 @@ def test_the_python_forms_are_one() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({}, "one of --method and --recipe"),
-        ({"method": "int8", "recipe": {"method": "int8"}}, "one of --method and --recipe"),
+        ({}, "found nothing that says how to quantize, expected one of --method and --recipe"),
+        ({"method": "int8", "recipe": {"method": "int8"}}, "found 2 that say how"),
+        ({"method": "int8", "bogus": 1}, "found the option bogus"),
+        ({"method": "int8", "ignore": "img_mlp"}, "ignore is img_mlp, expected a list"),
+        ({"method": "int8", "layers": [{"img_mlp": None}]}, "layers is .*expected a list"),
+        ({"method": "int8", "components": "transformer"}, "components is transformer, expected a list"),
+        ({"method": "int8", "components": ["a=int8", "a=fp8"]}, "give one two methods"),
+        ({"components": ["a=int8", "b"]}, "found nothing that says"),
+        ({"method": "int8", "layers": ["a=int9"]}, "--layer a=int9: the method is 'int9'"),
+        ({"recipe": {"method": "int8", "target": ["a"]}}, "--recipe: --target is"),
         ({"recipe": {"method": "int8"}, "quality": "balanced"}, "--quality: needs --method"),
         ({"recipe": {"components": {"a": "int8"}}, "components": ["b"]}, "--component b: the recipe names"),
         ({"recipe": {"components": {"a": "int8"}, "method": "fp8"}}, "found method beside components"),
@@ -197,7 +219,7 @@ def test_the_python_forms_are_one() -> None:
         ({"recipe": {"components": {"transformer": "none"}}}, "nothing would be quantized"),
         ({"quantization": "none"}, "nothing would be quantized"),
         ({"quantization": FORMATS["int8"].config([])}, "quantized already"),
-        ({"method": "int8", "components": ["a=int9"]}, "expected one of int8"),
+        ({"method": "int8", "components": ["a=int9"]}, "--component a=int9: the method is"),
         ({"method": "int8", "layers": ["a"]}, "PATTERN=METHOD"),
     ],
     ids=str,

@@ -149,7 +149,7 @@ def test_labels() -> None:
         ("int9", {}, "'int9', expected one of int8, fp8"),
         ("int8", {"granularity": "block"}, "'block', int8 knows only channel"),
         ("int8", {"activation_scheme": "static"}, "'static', int8 knows only dynamic"),
-        ("int8", {"block_size": (128, 128)}, "'block', int8 knows only channel"),
+        ("int8", {"block_size": (128, 128)}, "--block-size: int8 has no such choice"),
         ("int8", {"scale_rule": "even"}, "--scale-rule: int8 has no such choice"),
         ("fp8", {"scale_rule": "even"}, "--scale-rule: fp8 has no such choice"),
         ("fp8", {"granularity": "row"}, "'row', fp8 knows only tensor, channel, block"),

@@ -135,10 +135,15 @@ def test_a_mix_names_the_layers_of_all_but_the_first_format() -> None:
         ({"method": "int8", "layers": ["a"]}, "expected a pattern and its method"),
         ({"method": "int8", "layers": [{"a": {"b": "fp8"}}]}, "expected a method, or a dict with a method"),
         ({"method": "int8", "layers": [{"a": {"method": "fp8", "ignored_layers": ["b"]}}]}, "layers of its own"),
-        ({"method": "int8", "weight_block_size": [128, 128]}, "int8 knows only channel"),
+        ({"method": "int8", "weight_block_size": [128, 128]}, "--block-size: int8 has no such choice"),
         ({"method": "int8", "activation_scheme": "static"}, "knows only dynamic"),
         ({"method": "fp8", "weight_block_size": 128}, "expected a list"),
         ({"method": "int8", "is_checkpoint_int8_serialized": "yes"}, "expected true or false"),
+        ({"method": "int8", "layers": [{"a": {"method": "int8", "fused_scale": "shared"}}]}, "a: fused_scale is one"),
+        ({"method": "int8", "layers": [{"a": {"method": "int9"}}]}, "layers: a: the method is 'int9'"),
+        ({"method": "int8", "layers": [{"a": False}]}, "layers: a: found False .no and yes in YAML"),
+        ({"method": "int8", "layers": [{"a": FORMATS["int8"].config([])}]}, "or is serialized"),
+        ({"method": "int8", "quant_method": "fp8"}, "found method int8 and quant_method fp8"),
         ({"transformer": {"unet": "int8"}}, "transformer: found"),
         (8, "expected a method, a dict"),
         (["int8"], "expected a method, a dict"),
@@ -147,6 +152,26 @@ def test_a_mix_names_the_layers_of_all_but_the_first_format() -> None:
 )
 def test_what_cannot_be_built(spec: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
+        build_quant_config(spec)
+
+
+def test_what_engines_call_by_other_names_is_read_as_they_do() -> None:
+    stored = make_format("fp8", granularity="channel").config(["img_in"])
+    assert build_quant_config(stored) == parse_config(stored)
+
+
+@pytest.mark.parametrize("choice", ["shared", "per-channel"])
+def test_rules_have_the_components_choice_of_fused_scales(choice: str) -> None:
+    built = build_quant_config({"method": "int8", "fused_scale": choice, "layers": [{"attn.to_q": "int8"}]})
+    assert isinstance(built, QuantizationConfig)
+    assert built.layers[0].format == make_format("int8", fused_scale=choice)
+    assert build_quant_config(config_spec(built)) == built
+
+
+def test_a_config_that_holds_itself() -> None:
+    spec: dict[str, Any] = {}
+    spec["transformer"] = spec
+    with pytest.raises(UsageError, match="transformer: found"):
         build_quant_config(spec)
 
 
