@@ -12,7 +12,8 @@ from pathlib import Path
 
 from omni_convert.converter import contract_layers, contract_values
 from omni_convert.converter.check import Check
-from omni_convert.converter.contract_folder import QUANTIZATION, Folder, Part, read_folder
+from omni_convert.converter.contract_folder import QUANTIZATION, Folder, Part
+from omni_convert.converter.contract_read import read_folder
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
 
@@ -39,14 +40,21 @@ def check_contract(root: Path) -> list[Check]:
     for rule in RULES:
         parts = folder.models if rule.needs_method else folder.parts
         count = sum(rule.count(folder, part) for part in parts)
-        problems = [printable(f"{text}.", 2000) for part in parts for text in rule.problems(folder, part)]
+        texts = [text for part in parts for text in rule.problems(folder, part)]
         if rule.name == "config place":
-            problems += folder.problems
+            texts += folder.problems
+        problems = [printable(f"{text.removesuffix('.')}.", 2000) for text in dict.fromkeys(texts)]
         if rule.name == "fused scales" and count and _keeps_rows(root) and any(p.kind == "int8" for p in parts):
             checks.append(Check(PREFIX + rule.name, _NOT_ASKED, ()))
         elif count or problems:
             checks.append(Check(PREFIX + rule.name, _counted(count, rule.unit), tuple(problems)))
     return checks + _unknown_classes(folder)
+
+
+def is_quantized(root: Path) -> bool:
+    """Whether anything in the folder ``root`` is quantized, or says so, wherever the engine looks."""
+    folder = read_folder(root)
+    return bool(folder.parts or folder.elsewhere)
 
 
 def _counted(count: int, unit: str) -> str:
@@ -70,13 +78,17 @@ def _unknown_classes(folder: Folder) -> list[Check]:
     names = [
         f"{part.title} is {printable(part.config.get('_class_name') or part.config.get('model_type') or 'of none')}"
         for part in folder.parts
-        if part.model is None
+        if part.model is None and part.lent is None
     ]
     said = f"{', '.join(names)}: not in the engine's tables, so only what holds for every class was checked"
-    return [Check(f"{PREFIX}model class", said, ())] if names else []
+    return [Check(f"{PREFIX}model class", said, (), known=False)] if names else []
 
 
 def _place(folder: Folder, part: Part) -> Iterator[str]:
+    if part.name and part is folder.parts[0]:
+        yield from _stray_configs(folder)
+    if part.lent is not None:  # its own config is not read
+        return
     stage = ".".join((*(part.model.config_at if part.model else ()), QUANTIZATION))
     if part.found is None:
         yield (
@@ -88,8 +100,6 @@ def _place(folder: Folder, part: Part) -> Iterator[str]:
             yield f"{part.where}: has {place}, where the engine does not look. Move it to {QUANTIZATION}"
         elif found != part.found:
             yield f"{part.where}: {place} differs from {QUANTIZATION}, and the engine reads both. Make them equal"
-    if part.name and part.name == next(p.name for p in folder.parts):
-        yield from _stray_configs(folder)
 
 
 def _stray_configs(folder: Folder) -> Iterator[str]:

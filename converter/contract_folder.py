@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 from omni_convert.converter.contract_methods import COMPANIONS, METHODS, Announced, understand
 from omni_convert.converter.contract_models import EngineModel, Linear, find_model
-from omni_convert.formats.errors import OmniConvertError, printable
-from omni_convert.formats.header import DTYPE_BITS, StoredTensor, read_header
-from omni_convert.formats.layout import CONFIG_NAME, INDEX_NAMES, PIPELINE_INDEX, is_plain_name, read_json
+from omni_convert.formats.header import DTYPE_BITS, StoredTensor
+from omni_convert.formats.layout import CONFIG_NAME
 
 QUANTIZATION = "quantization_config"
 TRANSFORMERS = ("transformer", "transformer_2")
-_FAMILY = re.compile(r"(.+)-\d+-of-(\d+)\.safetensors")
+_CODES = re.compile(r"I8|F8_.*")
 
 
 class Place(NamedTuple):
@@ -118,7 +117,8 @@ class Ignored:
 class Part:
     """One model that the engine builds. ``name``: its folder in a pipeline, "" for a model that stands alone.
 
-    ``file_problems``: why its weights would not be loaded as they lie there.
+    ``file_problems``: why its weights would not be loaded as they lie there. ``lent``: the transformer's
+    ``quantization_config``, of a text encoder that the engine builds with it instead of its own.
     """
 
     name: str
@@ -127,6 +127,7 @@ class Part:
     tensors: Mapping[str, Place]
     file_problems: Sequence[str] = ()
     files: int = 0
+    lent: Any = None
 
     @property
     def title(self) -> str:
@@ -144,7 +145,17 @@ class Part:
     @cached_property
     def found(self) -> Any:
         """The ``quantization_config`` that the engine finds; None if it finds none."""
-        return self.config.get(QUANTIZATION)
+        return self.config.get(QUANTIZATION) if self.lent is None else self.lent
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether anything in it looks quantized."""
+        return any(layer.is_quantized or layer.companions for layer in self.layers.values())
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether it holds quantized layers beyond doubt: what lies beside a model may be anything."""
+        return any(_CODES.fullmatch(layer.dtype) and layer.companions for layer in self.layers.values())
 
     @cached_property
     def announced(self) -> Announced:
@@ -209,114 +220,22 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """``pipeline``: the class in ``model_index.json``; None without one. ``problems``: configs that cannot be read."""
+    """``pipeline``: the class in ``model_index.json``; None without one. ``parts``: what the engine builds quantized.
+
+    ``elsewhere``: other folders with quantized weights. ``problems``: with where configs lie.
+    """
 
     root: Path
     pipeline: str | None
     index: Mapping[str, Any] = field(default_factory=dict)
     parts: Sequence[Part] = ()
+    elsewhere: Sequence[Part] = ()
     problems: Sequence[str] = ()
 
     @property
     def models(self) -> Sequence[Part]:
         """Parts whose config the engine understands, so that it is known what it expects."""
         return [part for part in self.parts if part.kind in METHODS]
-
-
-def read_folder(root: Path) -> Folder:
-    """Read configs and headers, no weights; what cannot be read becomes a problem."""
-    problems: list[str] = []
-    index = _json(root / PIPELINE_INDEX, problems) if (root / PIPELINE_INDEX).is_file() else None
-    names = [""]
-    if index is not None:
-        names = sorted(path.parent.name for path in root.glob(f"*/{CONFIG_NAME}"))
-    parts = [part for name in names if (part := _read_part(root, name, problems))]
-    pipeline = str(index.get("_class_name")) if index is not None else None
-    return Folder(root=root, pipeline=pipeline, index=index or {}, parts=parts, problems=problems)
-
-
-def _read_part(root: Path, name: str, problems: list[str]) -> Part | None:
-    """A model whose weights are, or are announced as, quantized; None if it is neither."""
-    folder = root / name if name else root
-    config = _json(folder / CONFIG_NAME, problems) if (folder / CONFIG_NAME).is_file() else {}
-    if name not in ("", *TRANSFORMERS) and not config.get(QUANTIZATION):
-        return None
-    file_problems: list[str] = []
-    tensors: dict[str, Place] = {}
-    files = _weight_files(folder, file_problems)
-    for path in files:
-        try:
-            header = read_header(path)
-        except OmniConvertError as error:
-            file_problems.append(str(error))
-            continue
-        for tensor, stored in header.tensors.items():
-            if tensor in tensors:
-                file_problems.append(f"{path.name}: has {printable(tensor)}, which {tensors[tensor].path.name} has too")
-            tensors[tensor] = Place(stored, path)
-    file_problems += _index_problems(folder, tensors)
-    part = Part(name=name, folder=folder, config=config, tensors=tensors, file_problems=file_problems, files=len(files))
-    coded = any(layer.is_quantized or layer.companions for layer in part.layers.values())
-    return part if coded or part.found is not None else None
-
-
-def _json(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except OmniConvertError as error:
-        problems.append(str(error))
-        return {}
-
-
-def _weight_files(folder: Path, problems: list[str]) -> list[Path]:
-    """The files that the loader opens: those that the index names, else every safetensors file."""
-    indexes = [name for name in INDEX_NAMES if (folder / name).is_file()]
-    if len(indexes) > 1:
-        problems.append(f"{folder.name}: has both {' and '.join(indexes)}: a ValueError. Remove the stale one")
-    weight_map = _weight_map(folder / indexes[0]) if indexes else None
-    if weight_map:
-        names = sorted({str(name) for name in weight_map.values() if is_plain_name(name)})
-        missing = [name for name in names if not (folder / name).is_file()]
-        problems += [f"{name}: is missing, but {indexes[0]} names it: a FileNotFoundError" for name in missing]
-        return [folder / name for name in names if name not in missing]
-    if indexes:
-        problems.append(f"{indexes[0]}: has no weight_map: a ValueError. Convert again")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        problems.append(f"{folder.name}: holds no safetensors file: a RuntimeError. Convert again")
-    totals: dict[str, set[str]] = defaultdict(set)
-    for path in files:
-        if match := _FAMILY.fullmatch(path.name):
-            totals[match[1]].add(match[2])
-    problems += [
-        f"{folder.name}: has no index, and shards {family}-*-of-{' and -of-'.join(sorted(counts))}: a ValueError. "
-        "Remove the stale shards"
-        for family, counts in totals.items()
-        if len(counts) > 1
-    ]
-    return files
-
-
-def _weight_map(path: Path) -> Mapping[str, Any]:
-    try:
-        weight_map = read_json(path).get("weight_map")
-    except OmniConvertError:
-        return {}
-    return weight_map if isinstance(weight_map, dict) else {}
-
-
-def _index_problems(folder: Path, tensors: Mapping[str, Place]) -> Iterator[str]:
-    """An index and its shards must list the same tensors."""
-    name = next((name for name in INDEX_NAMES if (folder / name).is_file()), None)
-    weight_map = _weight_map(folder / name) if name else {}
-    if not weight_map:
-        return
-    for tensor, file_name in weight_map.items():
-        if tensor not in tensors or tensors[tensor].path.name != file_name:
-            yield f"{name}: places {printable(tensor)} in {printable(file_name)}, which does not hold it. Convert again"
-    for tensor, place in tensors.items():
-        if tensor not in weight_map:
-            yield f"{name}: does not list {printable(tensor)}, which {place.path.name} holds. Convert again"
 
 
 def _renamed(name: str, model: EngineModel) -> str:

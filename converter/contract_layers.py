@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from omni_convert.converter.contract_folder import TRANSFORMERS, Folder, Layer, Part
-from omni_convert.converter.contract_methods import MAX_NPU_ROWS, METHODS
+from omni_convert.converter.contract_methods import COMPANIONS, MAX_NPU_ROWS, METHODS
 from omni_convert.converter.contract_models import Encoder
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import CONFIG_NAME, read_json
@@ -15,12 +16,14 @@ from omni_convert.formats.layout import CONFIG_NAME, read_json
 Count = Callable[[Folder, Part], int]
 Problems = Callable[[Folder, Part], Iterator[str]]
 _AGAIN = "Convert again"
+_MISSING = "the engine builds it: a ValueError when it has read all weights. Convert again"
+_BLOCK = re.compile(r"(\D+?)\.(\d{1,9})\.(.+)")
 _GLOB = re.compile(r"[*?\[]|^re:")
 
 
 def _ignored(folder: Folder, part: Part) -> Iterator[str]:
     """Every linear that takes the config is quantized or ignored by the name by which the engine decides."""
-    if part.model is None:
+    if part.model is None and part.lent is None:
         for layer in part.quantized:
             if entry := part.ignored.entry(layer.name):
                 yield f"{part.where}: ignores {entry}, but the weights of {layer.name} are {layer.dtype}. {_AGAIN}"
@@ -106,6 +109,49 @@ def _strays(folder: Folder, part: Part) -> Iterator[str]:
             for suffix in layer.companions:
                 if suffix not in accepted:
                     yield f"{layer.name}.{suffix}: {part.kind} has no such tensor: the engine {does}. {_AGAIN}"
+    yield from _unknown(part)
+
+
+def _unknown(part: Part) -> Iterator[str]:
+    """Tensors that are neither of a linear nor of anything else in the model."""
+    plain = re.compile("|".join(part.model.plain)) if part.model and part.model.plain else None
+    for name in part.tensors if plain else ():
+        layer, _, suffix = name.rpartition(".")
+        of_linear = suffix == "weight" and part.layers[layer].built is not None
+        if plain and part.model and suffix not in COMPANIONS and not of_linear and not plain.fullmatch(name):
+            yield f"{name}: {part.model.name} has no such tensor: the engine {part.model.stray}. Remove it"
+
+
+def _absent(folder: Folder, part: Part) -> Iterator[str]:
+    """All linears that the engine builds are there, if only in part: in every block, what its siblings have."""
+    if part.model is None or part.file_problems:
+        return
+    names = [name for name, layer in part.layers.items() if layer.is_linear]
+    for linear in part.model.linears:
+        wanted = not linear.optional and (not linear.methods or part.kind in linear.methods)
+        if wanted and not any(linear.pattern.fullmatch(name) for name in names):
+            yield f"{part.title}: has no layer {linear.layers} (a regular expression), and {_MISSING}"
+    for kind, blocks in _blocks(part).items():
+        every = set[str]().union(*blocks.values())
+        for number, found in blocks.items():
+            yield from (f"{kind}.{number}.{name}: is not there, and {_MISSING}" for name in sorted(every - found))
+        gap = next(number for number in range(len(blocks) + 1) if number not in blocks)
+        if gap < len(blocks):
+            yield f"{kind}.{gap}: is not there, but {kind}.{max(blocks)} is, and {_MISSING}"
+
+
+def _blocks(part: Part) -> Mapping[str, Mapping[int, set[str]]]:
+    """Where blocks lie -> number -> parameters of linears in it."""
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for param in _needed(part):
+        if match := _BLOCK.fullmatch(param):
+            found[match[1]][int(match[2])].add(match[3])
+    return found
+
+
+def _needed(part: Part) -> Mapping[str, Sequence[Layer]]:
+    groups = part.grouped("param").items()
+    return {param: layers for param, layers in groups if layers[0].built and not layers[0].built.linear.optional}
 
 
 def _fused(folder: Folder, part: Part) -> Iterator[str]:
@@ -143,8 +189,8 @@ def _shapes(folder: Folder, part: Part) -> Iterator[str]:
             )
         for suffix, (dtype, shapes) in method.scales(rows, columns, part.announced.block).items():
             place = layer.tensors.get(suffix)
-            if place and (place.tensor.spec.dtype != dtype or place.tensor.spec.shape not in shapes):
-                spec = place.tensor.spec
+            spec = place.tensor.spec if place else None
+            if spec and (spec.dtype not in (dtype, *method.wider) or spec.shape not in shapes):
                 expected = f"{dtype} {' or '.join(map(str, shapes))}"
                 yield f"{layer.name}.{suffix}: is {spec.dtype} {spec.shape}, expected {expected}. {_AGAIN}"
     if part.kind == "fp8 block":
@@ -184,7 +230,7 @@ def _encoder(folder: Folder, part: Part) -> Iterator[str]:
     if count is None:
         yield f"{where}: {'.'.join(encoder.count)} is no number of layers, so its linears cannot be named. Correct it"
         return
-    own = next((other.layers for other in folder.parts if other.name == "text_encoder"), {})
+    own = next((other.layers for other in (*folder.parts, *folder.elsewhere) if other.name == "text_encoder"), {})
     quantized = {layer.name for layer in own.values() if layer.is_quantized}
     for template, ends in encoder.linears.items():
         for number in range(count if "{}" in template else 1):
@@ -236,6 +282,9 @@ RULES: Mapping[str, tuple[str, Count, Problems]] = {
     ),
     "scales": ("layers with all that belongs to the codes", _quantized, _scales),
     "unknown tensors": ("tensors by name", lambda folder, part: len(part.tensors), _strays),
+    "all layers": (
+        "linears that the engine builds", lambda folder, part: len(_needed(part)) if part.model else 0, _absent,
+    ),
     "fused layers": ("groups of layers that become one", _fused_groups, _fused),
     "shapes": ("layers by dtype and shape", _quantized, _shapes),
 }  # fmt: skip

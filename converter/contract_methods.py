@@ -21,11 +21,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One kind of serialized weights. ``scales``: suffix -> dtype and accepted shapes, from (N, K) and the block."""
+    """One kind of serialized weights. ``scales``: suffix -> dtype and accepted shapes, from (N, K) and the block.
+
+    ``wider``: dtypes that the engine copies into parameters of F32 as well.
+    """
 
     weight: str
     scales: Callable[[int, int, Sequence[int]], Mapping[str, tuple[str, Sequence[Shape]]]]
     optional: Sequence[str] = ()
+    wider: Sequence[str] = ()
     columns: int = 1
     """What K must be a multiple of."""
 
@@ -39,7 +43,7 @@ def _groups(rows: int, columns: int) -> tuple[str, Sequence[Shape]]:
 
 
 METHODS: Mapping[str, Method] = {
-    "int8": Method(weight="I8", scales=lambda n, k, block: {"weight_scale": ("F32", ((n, 1),))}),
+    "int8": Method(weight="I8", scales=lambda n, k, block: {"weight_scale": ("F32", ((n, 1),))}, wider=("BF16",)),
     "fp8": Method(weight="F8_E4M3", scales=lambda n, k, block: _one("weight_scale")),
     "fp8 static": Method(weight="F8_E4M3", scales=lambda n, k, block: _one("weight_scale", "input_scale")),
     "fp8 block": Method(

@@ -20,6 +20,7 @@ class Linear:
     ``layers``: regular expression of whole layer names; with ``shards``, its last group is one of these, in the
     order in which the engine stacks them. ``name``: by which it decides. ``param``: where the rows go, if elsewhere.
     ``widths``: logical matrices in one tensor. ``methods``: with which kinds alone the config is taken; empty: all.
+    ``optional``: not every model of the class, or not each of its blocks, has them.
     """
 
     layers: str
@@ -28,6 +29,7 @@ class Linear:
     shards: Sequence[str] = ()
     widths: int = 1
     methods: Sequence[str] = ()
+    optional: bool = False
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -51,7 +53,8 @@ class Encoder:
 class EngineModel:
     """One class. ``classes``: ``_class_name`` or ``model_type``; ``config``: values in the config that go with it.
 
-    ``stray``: what the loader does with a tensor that it does not know. ``refused``: kind of method -> what happens.
+    ``stray``: what the loader does with a tensor that it does not know. ``plain``: where that stops it, regular
+    expressions of all tensors beside those of ``linears``. ``refused``: kind of method -> what happens.
     ``never``: layers built without a config, and why that needs saying. ``config_at``: the object that may hold
     ``quantization_config`` too. ``vllm``: vLLM's language-model path reads the config, not the diffusion path. ``wan``:
     every transformer resolves its own config. ``renames``: what the engine does to the start of ignored names, and
@@ -63,6 +66,7 @@ class EngineModel:
     config: Mapping[str, object] = field(default_factory=dict)
     linears: Sequence[Linear] = ()
     stray: str = "does not know it"
+    plain: Sequence[str] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     never: tuple[str, str] | None = None
     encoder: Encoder | None = None
@@ -95,8 +99,8 @@ def _added_qkv(attention: str) -> Linear:
     return Linear(layers=rf"({attention}\.)add_(q|k|v)_proj", name=r"\1add_kv_proj", shards="qkv")
 
 
-def _stack(layers: str, name: str, shards: Sequence[str], param: str = "") -> Linear:
-    return Linear(layers=layers, name=name, shards=shards, param=param)
+def _stack(layers: str, name: str, shards: Sequence[str], param: str = "", *, optional: bool = False) -> Linear:
+    return Linear(layers=layers, name=name, shards=shards, param=param, optional=optional)
 
 
 _BLOCKS = r"transformer_blocks\.\d+"
@@ -104,11 +108,32 @@ _SILENT, _LOGGED, _KEY_ERROR = "drops it silently", "drops it with a log line", 
 _QKV, _GATE_UP = ("q", "k", "v"), ("gate", "up")
 
 _Z_BLOCKS = r"(?:layers|noise_refiner|context_refiner)\.\d+"
+_Z_PLAIN = (
+    rf"{_Z_BLOCKS}\.(?:attention\.norm_[qk]|attention_norm[12]|ffn_norm[12])\.weight",
+    r"(?:layers|noise_refiner)\.\d+\.adaLN_modulation\.0\.(?:weight|bias)",
+    r"all_x_embedder\.\d+-\d+\.(?:weight|bias)",
+    r"all_final_layer\.\d+-\d+\.(?:linear|adaLN_modulation\.1)\.(?:weight|bias)",
+    r"t_embedder\.mlp\.[02]\.(?:weight|bias)",
+    r"cap_embedder\.(?:[01]\.weight|1\.bias)",
+    r"(?:x|cap)_pad_token",
+)
+_FLUX_PLAIN = (
+    r"(?:x_embedder|context_embedder|norm_out\.linear|proj_out)\.(?:weight|bias)",
+    r"time_text_embed\.(?:timestep|guidance|text)_embedder\.linear_[12]\.(?:weight|bias)",
+    rf"{_BLOCKS}\.attn\.norm_(?:added_)?[qk]\.weight",
+    rf"{_BLOCKS}\.attn\.(?:to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)\.(?:weight|bias)",
+    rf"{_BLOCKS}\.(?:norm1(?:_context)?\.linear|ff(?:_context)?\.net\.(?:0\.proj|2))\.(?:weight|bias)",
+    r"single_transformer_blocks\.\d+\.attn\.norm_[qk]\.weight",
+    r"single_transformer_blocks\.\d+\.norm\.linear\.(?:weight|bias)",
+    r"single_transformer_blocks\.\d+\.(?:attn\.to_[qkv]|proj_mlp|proj_out)\.bias",
+)
 _WAN_BLOCKS = r"(?:vace_)?blocks\.\d+"
 _WAN_LINEARS = (
     _qkv(rf"{_WAN_BLOCKS}\.attn1"),
     Linear(layers=rf"({_WAN_BLOCKS}\.attn[12]\.to_out)\.0", name=r"\1"),
-    *_in(_WAN_BLOCKS, r"attn2\.to_[qkv]", r"attn2\.add_[kv]_proj", r"attn1\.to_gate_compress"),
+    *_in(_WAN_BLOCKS, r"attn2\.to_[qkv]"),
+    Linear(layers=rf"{_WAN_BLOCKS}\.attn2\.add_[kv]_proj", optional=True),
+    Linear(layers=rf"{_WAN_BLOCKS}\.attn1\.to_gate_compress", optional=True),
     Linear(layers=rf"({_WAN_BLOCKS}\.ffn)\.net\.0\.proj", name=r"\1.net_0.proj"),
     Linear(layers=rf"({_WAN_BLOCKS}\.ffn)\.net\.2", name=r"\1.net_2"),
 )
@@ -136,19 +161,19 @@ _PACKED = {
 }
 
 
-def _language_model(layers: str, put: str) -> tuple[Linear, ...]:
-    """A decoder layer of vLLM's; ``layers`` has the group ``\\1`` that ``put`` starts with."""
+def _language_model(layers: str, put: str, *, experts: bool = False) -> tuple[Linear, ...]:
+    """A decoder layer of vLLM's; ``layers`` has the group ``\\1`` ``put`` starts with. ``experts``: or has them."""
     return (
         _stack(rf"{layers}self_attn\.)(q|k|v)_proj", rf"{put}qkv_proj", _QKV),
-        _stack(rf"{layers}mlp\.)(gate|up)_proj", rf"{put}gate_up_proj", _GATE_UP),
+        _stack(rf"{layers}mlp\.)(gate|up)_proj", rf"{put}gate_up_proj", _GATE_UP, optional=experts),
         Linear(layers=rf"{layers}self_attn\.o_proj)", name=put),
-        Linear(layers=rf"{layers}mlp\.down_proj)", name=put),
+        Linear(layers=rf"{layers}mlp\.down_proj)", name=put, optional=experts),
     )
 
 
 def _head(layers: str, name: str) -> Linear:
     """An output head: of vLLM's methods, ModelOpt's alone quantize it."""
-    return Linear(layers=layers, name=name, methods=_MODELOPT)
+    return Linear(layers=layers, name=name, methods=_MODELOPT, optional=True)
 
 
 MODELS: Sequence[EngineModel] = (
@@ -161,6 +186,7 @@ MODELS: Sequence[EngineModel] = (
             *_in(_Z_BLOCKS, r"attention\.to_out\.0", r"feed_forward\.w2"),
         ),
         stray=_KEY_ERROR,
+        plain=_Z_PLAIN,
         encoder=Encoder(
             pipelines=("ZImagePipeline",),
             count=("num_hidden_layers",),
@@ -209,6 +235,7 @@ MODELS: Sequence[EngineModel] = (
             *_in(r"single_transformer_blocks\.\d+", "proj_mlp", "proj_out"),
         ),
         stray=_KEY_ERROR,
+        plain=_FLUX_PLAIN,
         never=(_BLOCKS + r"\..*", "double blocks get no quantization config"),
     ),
     EngineModel(
@@ -304,15 +331,17 @@ MODELS: Sequence[EngineModel] = (
         name="Qwen3-Omni",
         classes=("qwen3_omni_moe",),
         linears=(
-            *_language_model(r"thinker\.(model\.layers\.\d+\.", r"thinker.language_model.\1"),
-            Linear(layers=r"thinker\.(model\.layers\.\d+\.mlp\.gate)", name=r"thinker.language_model.\1"),  # the router
+            *_language_model(r"thinker\.(model\.layers\.\d+\.", r"thinker.language_model.\1", experts=True),
+            Linear(  # the router
+                layers=r"thinker\.(model\.layers\.\d+\.mlp\.gate)", name=r"thinker.language_model.\1", optional=True,
+            ),
             _stack(
                 r"thinker\.(model\.layers\.\d+\.mlp\.experts)(\.\d+)\.(gate|up)_proj",
-                r"thinker.language_model.\1", _GATE_UP, r"\1\2.w13",
+                r"thinker.language_model.\1", _GATE_UP, r"\1\2.w13", optional=True,
             ),
             Linear(
                 layers=r"thinker\.(model\.layers\.\d+\.mlp\.experts)\.\d+\.down_proj",
-                name=r"thinker.language_model.\1", param=r"\g<0>",
+                name=r"thinker.language_model.\1", param=r"\g<0>", optional=True,
             ),
             _head(r"thinker\.lm_head", "thinker.language_model.lm_head"),
         ),

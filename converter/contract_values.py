@@ -21,6 +21,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "F8_E4M3": np.dtype("u1"),
     "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
 }
 _NAN, _E8M0_NAN = 0x7F, 255
 _E2M1 = frozenset({0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C})
@@ -31,9 +32,10 @@ _AGAIN = "Convert again"
 def _values(place: Place) -> NDArray[np.float64]:
     """A whole tensor of scales."""
     spec = place.tensor.spec
-    values: NDArray[np.float64] = np.fromfile(
-        place.path, _DTYPES[spec.dtype], spec.numel, offset=place.tensor.start
-    ).astype(np.float64)
+    stored = np.fromfile(place.path, _DTYPES[spec.dtype], spec.numel, offset=place.tensor.start)
+    if spec.dtype == "BF16":
+        stored = (stored.astype("<u4") << 16).view("<f4")
+    values: NDArray[np.float64] = stored.astype(np.float64)
     return values
 
 
@@ -147,7 +149,7 @@ def _mul_scales(folder: Folder, part: Part) -> Iterator[str]:
 
 def _distinct(layers: Sequence[Layer], suffix: str) -> list[float]:
     places = [layer.tensors[suffix] for layer in layers if suffix in layer.tensors]
-    values = [_values(place) for place in places if place.tensor.spec.dtype == "F32"]
+    values = [_values(place) for place in places if place.tensor.spec.dtype in ("F32", "BF16")]
     return [float(value) for value in np.unique(np.concatenate(values))] if values else []
 
 

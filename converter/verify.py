@@ -17,7 +17,7 @@ from typing import Any
 from omni_convert.converter.check import Check
 from omni_convert.converter.checkpoint import Component, open_component
 from omni_convert.converter.compare import LayerComparison, compare_component
-from omni_convert.converter.contract import check_contract
+from omni_convert.converter.contract import check_contract, is_quantized
 from omni_convert.converter.files import processors
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import file_sha256
@@ -50,7 +50,7 @@ class Verification:
 
     def to_text(self) -> str:
         rows = [["check", "result", "checked"]]
-        rows += [[check.name, "ok" if check.ok else "FAILED", check.checked] for check in self.checks]
+        rows += [[check.name, check.result, check.checked] for check in self.checks]
         lines = [format_table(rows)]
         for check in self.checks:
             lines += [f"  {check.name}: {problem}" for problem in check.problems[:10]]
@@ -81,12 +81,17 @@ def verify(
 ) -> Verification:
     """Check the converted checkpoint ``out``, and with ``source`` also what quantization did to every layer.
 
+    Of a quantized folder without a manifest, only whether vLLM-Omni could load it is checked.
+
     Raises:
         OmniConvertError: ``out`` is not a finished conversion, or cannot be read at all.
     """
     root = Path(os.path.abspath(out))
-    manifest = _read_manifest(root)
     result = Verification(path=str(root))
+    if _lacks_manifest(root):
+        result.checks += _without_manifest(root, source)
+        return result
+    manifest = _read_manifest(root)
     result.checks.append(_check_files(root, manifest["files"], progress))
     recipe = Recipe.from_dict(manifest["recipe"])
     formats = {name: _formats(recipe, name, entry["tensors"]) for name, entry in manifest["components"].items()}
@@ -109,14 +114,29 @@ def verify(
     return result
 
 
-def _read_manifest(root: Path) -> dict[str, Any]:
+def _lacks_manifest(root: Path) -> bool:
     if (root / MARKER_NAME).exists():
         raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
-    if not (root / MANIFEST_NAME).is_file():
+    return not (root / MANIFEST_NAME).is_file()
+
+
+def _without_manifest(root: Path, source: str | os.PathLike[str] | None) -> list[Check]:
+    """The engine's rules alone, which take nothing but the folder."""
+    if not is_quantized(root):
         raise OmniConvertError(
             f"{root}: found no {MANIFEST_NAME}, expected a folder written by omni-convert. "
             "To look at any checkpoint use: omni-convert inspect."
         )
+    if source is not None:
+        raise OmniConvertError(
+            f"{root}: found no {MANIFEST_NAME}, and comparing with --source needs it. Verify without --source, for "
+            "vLLM-Omni's rules alone."
+        )
+    said = "not there, so only the engine's rules were checked"
+    return [Check("manifest", said, (), known=False), *check_contract(root)]
+
+
+def _read_manifest(root: Path) -> dict[str, Any]:
     manifest = read_json(root / MANIFEST_NAME)
     if not _is_manifest(manifest):
         raise OmniConvertError(f"{root / MANIFEST_NAME}: is not a manifest of omni-convert, or damaged. Convert again.")

@@ -49,9 +49,11 @@ def read_shards(folder: Path, check: Callable[[Path], None] = lambda path: None)
         check: called with the index and every weight file before it is opened; raises to refuse it.
 
     Raises:
-        OmniConvertError: no weights, more than one set of them, pickles only, a missing or malformed shard, an index
-            that does not fit its shards, or a tensor that is in two shards.
+        OmniConvertError: no folder, no weights, more than one set of them, pickles only, a missing or malformed shard,
+            an index that does not fit its shards, or a tensor that is in two shards.
     """
+    if not folder.is_dir():
+        raise OmniConvertError(f"{folder}: found no folder, expected the weights of a model in it. Fetch it again.")
     index_name, single = _find_weights(folder)
     if index_name:
         check(folder / index_name)

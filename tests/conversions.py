@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hostile.small import Stored, Tensor, read_json, read_weights, write_json, write_weights
+from kinds import CHOICES
 
 import omni_convert
 from omni_convert.converter.check import Check
@@ -18,16 +19,7 @@ from omni_convert.converter.verify import Verification
 if TYPE_CHECKING:
     from families import Family
 
-METHODS: dict[str, dict[str, Any]] = {
-    "int8": {"method": "int8"},
-    "fp8 tensor": {"method": "fp8"},
-    "fp8 static": {"method": "fp8", "activation_scheme": "static"},
-    "fp8 channel": {"method": "fp8", "granularity": "channel"},
-    "fp8 block": {"method": "fp8", "block_size": (32, 32)},
-    "mxfp8": {"method": "mxfp8"},
-    "mxfp4": {"method": "mxfp4"},
-    "mxfp4_dualscale": {"method": "mxfp4_dualscale"},
-}
+METHODS = CHOICES | {"fp8 block": {"method": "fp8", "block_size": (32, 32)}}
 _BYTES = {"F8_E4M3": "u1", "I8": "i1", "U8": "u1", "F32": "<f4", "BF16": "<u2", "F16": "<u2", "I64": "<i8"}
 
 

@@ -28,7 +28,7 @@ REFUSED: dict[str, tuple[str, ...]] = {
 CASES = [(name, kind) for name in FAMILIES for kind in METHODS if kind not in REFUSED.get(name, ())]
 RULES = (
     "weight files", "config place", "config keys", "method", "ignored layers", "other layers", "scales",
-    "unknown tensors", "shapes", "scale values",
+    "unknown tensors", "all layers", "shapes", "scale values",
 )  # fmt: skip
 FURTHER_RULES = {
     "Z-Image": ("text encoder",),

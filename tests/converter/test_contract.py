@@ -20,6 +20,7 @@ Outputs = dict[tuple[str, str], Path]
 BLOCK = "transformer_blocks.0"
 BF16 = stored("BF16", [[0x3F80] * 64] * 64)
 SCALE = stored("F32", [[0.5]] * 64)
+VECTOR = stored("BF16", [0x3F80] * 64)
 
 
 def key(name: str, value: object) -> Callable[[Output], None]:
@@ -184,6 +185,25 @@ CASES: list[tuple[str, str, Callable[[Output], object], str, str]] = [
     ("Qwen-Image", "mxfp4", layer(f"{BLOCK}.img_mlp.net.2", weight_dual_scale=SCALE), "unknown tensors",
      f"{BLOCK}.img_mlp.net.2.weight_dual_scale: mxfp4 has no such tensor"),
     ("Qwen-Image", "mxfp8", layer("img_gone", weight_scale=SCALE), "unknown tensors", "beside it are absent"),
+    ("Z-Image", "mxfp8", tensors(**{"layers.0.foo.weight": VECTOR}), "unknown tensors",
+     "layers.0.foo.weight: Z-Image has no such tensor: the engine stops with a KeyError"),
+    ("Z-Image", "mxfp8", tensors(**{"context_refiner.0.adaLN_modulation.0.weight": VECTOR}), "unknown tensors", "con"),
+    ("Z-Image", "mxfp8", tensors(**{"layers.0.feed_forward.w2.bias": VECTOR}), "unknown tensors", "w2.bias: Z-Image"),
+    ("FLUX.1", "mxfp8", tensors(rope=VECTOR), "unknown tensors", "rope: FLUX.1 has no such tensor"),
+    ("FLUX.1", "mxfp8", tensors(**{f"{BLOCK}.attn.norm_k.bias": VECTOR}), "unknown tensors", "norm_k.bias: FLUX.1"),
+    # Layers that are not there.
+    ("Z-Image", "mxfp8", layer("layers.0.attention.to_out.0", weight=None, weight_scale=None), "all layers",
+     "layers.0.attention.to_out.0: is not there, and the engine builds it: a ValueError"),
+    ("Qwen-Image", "mxfp8", both(
+        *(layer(f"{BLOCK}.attn.add_{part}_proj", weight=None, weight_scale=None) for part in "qkv"),
+    ), "all layers", f"{BLOCK}.attn.add_kv_proj: is not there"),
+    ("Wan VACE", "mxfp8", lambda o: o.tensors(lambda found: [found.pop(n) for n in [*found] if "s.2.ffn" in n]),
+     "all layers", "blocks.2.ffn.net_2: is not there, and the engine builds it"),
+    ("FLUX.1", "mxfp8", both(
+        *(layer(f"single_transformer_blocks.{i}.proj_mlp", weight=None, weight_scale=None) for i in range(2)),
+    ), "all layers", "has no layer single_transformer_blocks\\.\\d+\\.proj_mlp (a regular expression)"),
+    ("Wan", "mxfp8", lambda o: o.tensors(lambda found: [found.pop(n) for n in [*found] if n.startswith("blocks.4.")]),
+     "all layers", "blocks.4: is not there, but blocks.5 is"),
     # Layers that become one.
     ("Qwen-Image", "mxfp8", layer(f"{BLOCK}.attn.to_k", weight=BF16, weight_scale=None), "fused layers",
      f"{BLOCK}.attn.to_k: is unquantized, but {BLOCK}.attn.to_q is not, and the engine has one {BLOCK}.attn.to_qkv"),
@@ -324,6 +344,12 @@ def test_a_class_that_the_engine_has_no_table_of(tmp_path: Path) -> None:
     convert(source, tmp_path / "out", method="mxfp8", ignore=["b"])
     checks = {check.name: check for check in check_contract(tmp_path / "out")}
     assert checks["vllm-omni model class"].ok
+    assert not checks["vllm-omni model class"].known
+    result = verify(tmp_path / "out")
+    assert result.ok
+    (row,) = [row for row in result.to_text().splitlines() if row.startswith("vllm-omni model class")]
+    assert row.split()[3:5] == ["not", "known"]
+    assert [check["name"] for check in result.to_dict()["checks"] if not check["known"]] == ["vllm-omni model class"]
     assert "model is Some: not in the engine's tables" in checks["vllm-omni model class"].checked
     assert "vllm-omni other layers" not in checks
     config = read_json(tmp_path / "out" / "config.json")
@@ -349,10 +375,10 @@ def test_only_outputs_for_the_engine_are_checked(tmp_path: Path) -> None:
 
 def test_the_checker_knows_nothing_of_the_writer() -> None:
     allowed = {"check", "contract", "contract_folder", "contract_layers", "contract_methods", "contract_models"}
-    allowed |= {"contract_values", "files", "errors", "header", "layout"}
+    allowed |= {"contract_read", "contract_values", "files", "errors", "header", "layout"}
     folder = Path(__file__).parents[2] / "converter"
     paths = [*folder.glob("contract*.py"), folder / "check.py"]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and str(node.module).startswith("omni_convert"):

@@ -112,6 +112,21 @@ def test_a_scale_for_every_row_can_be_asked_for(sources: dict[str, Path], tmp_pa
     assert "attn.to_v have" in output.failed()["fused scales"]
 
 
+def test_scales_of_int8_may_be_in_bf16(outputs: Outputs, tmp_path: Path) -> None:
+    """The engine widens them; other methods' it does not."""
+    output = Output(outputs["Qwen-Image", "int8"], tmp_path)
+    names = [f"{BLOCK}.attn.to_{part}.weight_scale" for part in "qkv"]
+    output.tensors(lambda found: found.update(dict.fromkeys(names, stored("BF16", [[0x3F80]] * 64))))
+    assert output.failed() == {}
+    output.tensors(put(names[1], (5, 0), 0x3F00))
+    assert output.failed().keys() == {"fused scales"}
+    output.tensors(lambda found: found.update({names[1]: stored("BF16", [[0x7F80]] * 64)}))
+    assert "to_k.weight_scale: holds inf at [0]" in output.failed()["scale values"]
+    other = Output(outputs["Qwen-Image", "fp8 tensor"], tmp_path / "fp8")
+    other.tensors(replaced(f"{LAYER}.weight_scale", "BF16", [0x3F80]))
+    assert other.failed().keys() == {"shapes"}
+
+
 def test_mul_scale_of_mxfp4_is_welcome_on_all_shards(outputs: Outputs, tmp_path: Path) -> None:
     output = Output(outputs["Qwen-Image", "mxfp4"], tmp_path)
     names = [f"{BLOCK}.attn.to_{part}.mul_scale" for part in "qkv"]

@@ -103,7 +103,8 @@ def test_patterns_know_the_names_of_the_engine(tmp_path: Path, name: str) -> Non
 
 def test_names_that_the_engine_would_find_in_others_are_patterns(tmp_path: Path) -> None:
     layers = ["proj_out", "x_embedder", "transformer_blocks.0.attn.to_q"]
-    layers += [f"single_transformer_blocks.0.{name}" for name in ("proj_out", "attn.to_q", "attn.to_k", "attn.to_v")]
+    layers += [f"single_transformer_blocks.0.{name}" for name in ("proj_out", "proj_mlp")]
+    layers += [f"single_transformer_blocks.0.attn.to_{part}" for part in "qkv"]
     tensors = {f"{layer}.weight": random(64, 64) for layer in layers}
     source = write_model(tmp_path / "flux", {"_class_name": "FluxTransformer2DModel"}, tensors)
     (part,) = plan(source, method="fp8", granularity="channel").components

@@ -223,14 +223,30 @@ def test_source_with_another_header(made: Conversion) -> None:
     assert problem == f"transformer/{SHARD}: its header differs from the one that was converted."
 
 
-@pytest.mark.parametrize("name", [".omni_convert.partial", "omni_convert.json"])
-def test_what_cannot_be_verified(made: Conversion, name: str) -> None:
-    if name.endswith(".json"):
-        (made.out / name).unlink()
-    else:
-        (made.out / name).touch()
-    with pytest.raises(OmniConvertError, match=r"unfinished|found no omni_convert\.json"):
+def test_what_cannot_be_verified(made: Conversion, tmp_path: Path) -> None:
+    for folder in (made.source, tmp_path / "nowhere"):
+        with pytest.raises(OmniConvertError, match=r"found no omni_convert\.json, expected a folder written by"):
+            verify(folder)
+    (made.out / ".omni_convert.partial").touch()
+    with pytest.raises(OmniConvertError, match="unfinished"):
         verify(made.out)
+
+
+def test_without_a_manifest_the_rules_of_the_engine_are_left(made: Conversion) -> None:
+    (made.out / "omni_convert.json").unlink()
+    result = verify(made.out)
+    assert result.ok
+    first, *others = result.checks
+    assert (first.name, first.known) == ("manifest", False)
+    assert others
+    assert all(check.name.startswith("vllm-omni ") for check in others)
+    assert "not there, so only the engine's rules were checked" in result.to_text()
+    with pytest.raises(OmniConvertError, match="comparing with --source needs it"):
+        verify(made.out, source=made.source)
+    made.edit("transformer/config.json", lambda config: config["quantization_config"].update(producer="me"))
+    assert [check.name for check in verify(made.out).checks if not check.ok] == ["vllm-omni config keys"]
+    made.edit("transformer/config.json", lambda config: config.pop("quantization_config"))
+    assert [check.name for check in verify(made.out).checks if not check.ok] == ["vllm-omni config place"]
 
 
 @pytest.mark.parametrize(
@@ -275,3 +291,15 @@ def test_error_of_every_group_of_layers_is_shown(made: Conversion) -> None:
     row = next(line for line in text.splitlines() if line.startswith("transformer_blocks.*.attn.to_q "))
     values = [item.sqnr_db for item in result.layers if item.layer.endswith("attn.to_q")]
     assert row.split()[1:] == [str(len(values)), f"{min(values):.2f}", "dB", f"{max(values):.2f}", "dB"]
+
+
+@pytest.mark.parametrize("name", ["transformer", "transformer_2"])
+def test_a_component_that_is_gone_is_a_failed_check(tmp_path: Path, name: str) -> None:
+    source = write_pipeline(tmp_path / "model", second=True)
+    out = convert(source, tmp_path / "out", method="int8").out
+    (out / name).rename(out / "unet")
+    for original in (source, None):
+        result = verify(out, source=original)
+        (check,) = [check for check in own_failures(result) if check.name != "files"]
+        assert check.name == f"{name} headers"
+        assert f"{out / name}: found no folder" in check.problems[0]
