@@ -228,9 +228,12 @@ def _warnings(views: Sequence[View], checkpoint: Checkpoint) -> list[str]:
     if unknown:
         title = unknown[0].target.title
         classes = ", ".join(dict.fromkeys(printable(view.component.class_name) for view in unknown))
+        # A format that writes something else for fused layers needs to know them.
+        differs = any(view.config.format.fused() != view.config.format for view in unknown)
+        fused = f" Where it fuses layers (q, k, v), {unknown[0].kind} is wrong on CUDA: keep those with --ignore."
         warnings.append(
             f"it is not known which layers {title} can run quantized (class: {classes}), so it may not load the "
-            "result. 'omni-convert models' lists what is known; --dry-run shows the layers."
+            f"result. 'omni-convert models' lists what is known; --dry-run shows the layers.{fused if differs else ''}"
         )
     rules = [rule for view in views for rule in view.target.cautions if rule.holds(view.architecture, view.kind)]
     return warnings + [f"{rule.reason}." for rule in dict.fromkeys(rules)]

@@ -72,3 +72,18 @@ def test_a_pattern_names_a_component_as_reports_do(tmp_path: Path, pattern: str)
     assert kept_by(plan(source, method="int8", ignore=[pattern]), f"--ignore {pattern}") == {"transformer_2"}
     with pytest.raises(UsageError, match="no layer of the model matches"):
         plan(source, method="int8", ignore=["transformer_3.transformer_blocks.0"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "is_said"),
+    [
+        ({"method": "int8"}, True),
+        ({"method": "int8", "fused_scale": "per-channel"}, False),  # for engines that read every scale
+        ({"method": "fp8"}, False),
+    ],
+    ids=str,
+)
+def test_fused_layers_of_a_class_that_is_not_known(tmp_path: Path, choices: dict[str, str], is_said: bool) -> None:
+    source = write_sharded(tmp_path / "model", [*qwen_shards(width=64)], {"_class_name": "SomeTransformer2DModel"})
+    (warning,) = plan(source, **choices).warnings  # type: ignore[arg-type]
+    assert ("int8 is wrong on CUDA" in warning) is is_said
