@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event, Lock, local
+from queue import SimpleQueue
+from threading import Event, Lock, Thread, local
 from typing import Any
 
 import numpy as np
@@ -75,12 +75,16 @@ def scratch(dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def run_jobs(jobs: Sequence[Job], threads: int, progress: Callable[[int], None]) -> None:
-    """Run the jobs in order on ``threads`` threads; the first error stops all of them and is raised."""
+    """Run the jobs in order on ``threads`` threads; the first error stops all of them and is raised.
+
+    The calling thread waits without a lock that others need: a signal may raise there at any moment.
+    """
     largest = max((job.size for job in jobs), default=0)
     queue = iter(jobs)
     lock, stop = Lock(), Event()
+    ends: SimpleQueue[BaseException | None] = SimpleQueue()
 
-    def worker() -> None:
+    def work() -> None:
         buffer = memoryview(bytearray(largest))
         while not stop.is_set():
             with lock:
@@ -92,11 +96,23 @@ def run_jobs(jobs: Sequence[Job], threads: int, progress: Callable[[int], None])
                 with lock:
                     progress(job.size)
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="omni-convert") as pool:
-        futures = [pool.submit(worker) for _ in range(threads)]
+    def worker() -> None:
         try:
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()
-        for future in done:
-            future.result()
+            work()
+        except BaseException as error:  # whatever it is, the caller raises it
+            ends.put(error)
+        else:
+            ends.put(None)
+
+    workers = [Thread(target=worker, name=f"omni-convert-{number}") for number in range(threads)]
+    try:
+        for thread in workers:
+            thread.start()
+        for _ in workers:
+            if (error := ends.get()) is not None:
+                raise error
+    finally:
+        stop.set()
+        for thread in workers:
+            if thread.ident is not None:
+                thread.join()
