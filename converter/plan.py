@@ -170,11 +170,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     for part in parts:
         _check_quantizes(part, checkpoint, recipe)
     warnings = _warnings(views, checkpoint) + _kept_experts(parts, recipe)
+    quantized = {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
     for place, view in enumerate(views):
         encoder = encoder_layers(view, checkpoint)
         if encoder is None:
             warnings.append(no_encoder(view))
-        quantized = {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
         parts[place] = _with_ignored(parts[place], view, (encoder or set()) - quantized)
     return Plan(checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings))
 
