@@ -14,6 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
+from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.errors import OmniConvertError, UsageError
@@ -70,8 +71,8 @@ class _DefaultGroup(click.Group):
             raise _WrongUsage(str(error)) from error
         except OmniConvertError as error:
             raise _Failure(str(error)) from error
-        except KeyboardInterrupt:
-            raise _Failure("Interrupted. What this run had written is removed.") from None
+        except KeyboardInterrupt as interrupt:
+            raise _Failure(f"Interrupted.{str(interrupt) or ' Nothing of this run is kept.'}") from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         bare = self.commands[self.default]
@@ -97,6 +98,10 @@ def main() -> None:
     MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, or a .safetensors file.
     OUT is a new folder with the same layout. Exit status: 0 done, 1 failed, 2 wrong usage.
     """
+
+
+def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else parse_size(value)
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -186,20 +191,28 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 )
 @click.option("--dry-run", is_flag=True, help="Show the plan; read only headers, write nothing.")
 @click.option("--link", is_flag=True, help="Hard-link files that arrive unchanged instead of copying them.")
-@click.option("--overwrite", is_flag=True, help="Replace the conversion that OUT holds.")
+@click.option(
+    "--resume", is_flag=True, help="Only go on with this job's unfinished output (done unasked if OUT holds it)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the conversion that OUT holds, finished or not.")
+@click.option("--durable", is_flag=True, help="Have the disk confirm every file: safe from a loss of power, slower.")
 @click.option("--hash-source", is_flag=True, help="Record the sha256 of every source file.")
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads; default: all processors.")
+@click.option(
+    "--memory", callback=_size, metavar="SIZE", help="Limit of the run's memory beyond libraries: 100M, 1GiB."
+)
 @_json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str | None,
     fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
     no_default_ignore: bool, target: str | None, components: tuple[str, ...], dry_run: bool, link: bool,
-    overwrite: bool, hash_source: bool, threads: int | None, as_json: bool,
+    resume: bool, overwrite: bool, durable: bool, hash_source: bool, threads: int | None, memory: int | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
-    from omni_convert.converter.convert import needs, plan, refusal, run
+    from omni_convert.converter.convert import Means, needs, plan, refusal, run
     from omni_convert.converter.recipe import parse_block_size, read_input_scales, read_recipe
 
     started = time.perf_counter()
@@ -215,16 +228,17 @@ def convert(
         click.echo(f"Warning: {warning}", err=True)
     for label in [format_label(fmt) for fmt in planned.recipe.formats if fmt.quality != "fast" and not fmt.is_searched]:
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
+    means = Means(
+        threads=threads, memory=memory, link=link, durable=durable, overwrite=overwrite, resume=resume,
+        hash_source=hash_source,
+    )  # fmt: skip
     if dry_run:
-        if obstacle := refusal(planned, out, link=link, overwrite=overwrite):
+        if obstacle := refusal(planned, out, means):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
-        memory, disk = needs(planned, threads, link=link)
+        memory, disk = needs(planned, means)
         _print(show.plan_dict(planned, memory, disk) if as_json else show.plan_text(planned, memory, disk))
         return
-    report = run(
-        planned, out, threads=threads, link=link, overwrite=overwrite, hash_source=hash_source, progress=True,
-        started=started,
-    )  # fmt: skip
+    report = run(planned, out, means, progress=True, started=started)
     _print(report.to_dict() if as_json else show.report_text(report))
 
 

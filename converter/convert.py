@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from omni_convert.converter.checkpoint import open_checkpoint
 from omni_convert.converter.files import processors
-from omni_convert.converter.folder import OutputFolder, job_identity, total_size
+from omni_convert.converter.folder import OutputFolder, total_size
+from omni_convert.converter.job import job_identity
 from omni_convert.converter.manifest import manifest_bytes
+from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Choices, make_recipe
 from omni_convert.converter.tables import mean_db
 from omni_convert.formats import format_label
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, SourceError, UsageError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
 from omni_convert.formats.quant_config import Spec
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from omni_convert.converter.execute import Outcome
+    from omni_convert.converter.execute import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,11 @@ def convert(
     quantization: Spec = None,
     *,
     threads: int | None = None,
+    memory: int | None = None,
     link: bool = False,
+    durable: bool = False,
     overwrite: bool = False,
+    resume: bool = False,
     hash_source: bool = False,
     progress: bool = False,
     **choices: Unpack[Choices],
@@ -97,11 +102,14 @@ def convert(
 
     Args:
         source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
-        out: a new or empty folder.
+        out: a new or empty folder, or the unfinished output of this same job, which then goes on.
         quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
         threads: default: the processors this process may use. The bytes do not depend on it.
+        memory: bytes that the run may take beyond the libraries; default: 12 MiB per thread are enough for most.
         link: hard-link files that arrive unchanged.
-        overwrite: replace what ``out`` holds.
+        durable: have the disk confirm every file, so that a loss of power cannot take what looks complete.
+        overwrite: replace what ``out`` holds, also the unfinished output of this job.
+        resume: go on with unfinished output, and stop if there is none.
         hash_source: record the sha256 of every source file.
         progress: show a progress bar on stderr (if it is a terminal).
         choices: in place of ``quantization`` a ``recipe`` (see ``read_recipe``), or a ``method`` with its options
@@ -114,77 +122,109 @@ def convert(
             what it keeps by default stays.
 
     Raises:
-        OmniConvertError: names what is wrong and what to do; ``out`` is then as it was, or empty.
+        OmniConvertError: names what is wrong and what to do. Files of ``out`` that are finished are kept for the next
+            run of this job, without ``config.json`` and index; if there are none, ``out`` is as it was, or empty.
     """
     started = time.perf_counter()
-    planned = plan(source, quantization, **choices)
-    return run(
-        planned, Path(out), threads=threads, link=link, overwrite=overwrite, hash_source=hash_source,
-        progress=progress, started=started,
+    means = Means(
+        threads=threads, memory=memory, link=link, durable=durable, overwrite=overwrite, resume=resume,
+        hash_source=hash_source,
     )  # fmt: skip
+    return run(plan(source, quantization, **choices), Path(out), means, progress=progress, started=started)
 
 
-def run(
-    plan: Plan,
-    out: Path,
-    *,
-    threads: int | None,
-    link: bool,
-    overwrite: bool,
-    hash_source: bool,
-    progress: bool,
-    started: float,
-) -> Report:
-    """Carry out a plan; arguments as in ``convert``."""
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """How a plan is carried out, as ``convert`` takes it; what is written depends on none of it."""
+
+    threads: int | None = None
+    memory: int | None = None
+    link: bool = False
+    durable: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    hash_source: bool = False
+
+    def settings(self, plan: Plan) -> Settings:
+        """What ``execute`` takes, within the memory."""
+        from omni_convert.converter.execute import Settings, fit
+
+        settings = Settings(
+            threads=self.threads or processors(), piece_bytes=PIECE_BYTES, link=self.link, durable=self.durable
+        )
+        return settings if self.memory is None else fit(plan, settings, self.memory)
+
+
+def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
+    """Carry out a plan. ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``."""
     from omni_convert.converter.execute import execute
 
-    folder = _output_folder(plan, out, overwrite)
-    folder.check(linked=link)
-    workers = threads or processors()
+    settings = means.settings(plan)
+    folder = _output_folder(plan, out, means)
+    folder.check(linked=means.link)
     try:
-        folder.take()
+        kept = sum(record.size for record in folder.records.values())
+        with _progress_bar("check", kept, show=progress and kept > 0) as advance:
+            folder.take(advance)
         total = plan.bytes_before + plan.bytes_copied
-        with _progress_bar(total, show=progress) as advance:
-            outcome = execute(plan, folder.path, folder.copies, threads=workers, link=link, progress=advance)
-        _seal(plan, folder, outcome, hash_source=hash_source)
+        with _progress_bar("convert", total, show=progress) as advance:
+            advance(total - _source_bytes(plan, folder.missing))
+            execute(
+                plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
+            )
+        _seal(plan, folder, hash_source=means.hash_source)
     except OSError as error:
-        folder.give_back()
         raise OmniConvertError(
             f"{error.filename or folder.path}: cannot be written ({error.strerror}). "
-            "Check the folder, its rights and the free space, then run again."
+            f"Check the folder, its rights and the free space, then run again.{folder.stop(keep=True)}"
         ) from error
-    except BaseException:
-        folder.give_back()
+    except SourceError:
+        folder.stop(keep=False)
         raise
-    return _report(plan, folder, outcome, time.perf_counter() - started)
+    except OmniConvertError as error:
+        raise type(error)(f"{error}{folder.stop(keep=True)}") from error.__cause__
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(folder.stop(keep=True)) from None
+    except BaseException:
+        folder.stop(keep=True)
+        raise
+    return _report(plan, folder, time.perf_counter() - started)
 
 
-def refusal(plan: Plan, out: Path, *, link: bool, overwrite: bool) -> str | None:
+def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     """Why ``run`` would refuse to write this plan to ``out`` now; None if it would not."""
     try:
-        _output_folder(plan, out, overwrite).check(linked=link)
+        _output_folder(plan, out, means).check(linked=means.link)
     except OmniConvertError as error:
         return str(error)
     return None
 
 
-def needs(plan: Plan, threads: int | None, *, link: bool) -> tuple[int, int]:
+def needs(plan: Plan, means: Means) -> tuple[int, int]:
     """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``."""
-    from omni_convert.converter.execute import buffer_bytes, scale_bytes
+    from omni_convert.converter.execute import memory_bytes
 
-    workers = threads or processors()
-    memory = workers * buffer_bytes(plan) + (workers + 1) * scale_bytes(plan)
-    return memory, plan.disk_bytes(linked=link)
+    return memory_bytes(plan, means.settings(plan)), plan.disk_bytes(linked=means.link)
 
 
-def _output_folder(plan: Plan, out: Path, overwrite: bool) -> OutputFolder:
-    from omni_convert import __version__
+def _output_folder(plan: Plan, out: Path, means: Means) -> OutputFolder:
+    if means.resume and means.overwrite:
+        raise UsageError("--resume goes on with what is there, --overwrite begins anew. Give one of them.")
+    return OutputFolder(
+        plan, out, job_identity(plan), overwrite=means.overwrite, resume=means.resume, durable=means.durable
+    )
 
-    job = job_identity(plan.checkpoint, plan.recipe.to_dict(), __version__)
-    return OutputFolder(plan, out, job, overwrite=overwrite)
+
+def _source_bytes(plan: Plan, names: Iterable[str]) -> int:
+    """Bytes that are read for some files of the output."""
+    sizes = {
+        name: sum(tensor.source.spec.nbytes for tensor in shard.tensors) for name, (_, shard) in plan.shards.items()
+    }
+    sizes |= plan.checkpoint.others
+    return sum(sizes[name] for name in names)
 
 
-def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bool) -> None:
+def _seal(plan: Plan, folder: OutputFolder, *, hash_source: bool) -> None:
     """Write what makes the folder loadable, the most telling file last."""
     texts: dict[str, bytes] = {}
     for part in plan.components:
@@ -194,22 +234,24 @@ def _seal(plan: Plan, folder: OutputFolder, outcome: Outcome, *, hash_source: bo
         texts[component.relative(CONFIG_NAME)] = part.config_bytes
     if plan.checkpoint.kind == "pipeline":
         texts[PIPELINE_INDEX] = (plan.checkpoint.root / PIPELINE_INDEX).read_bytes()
-    files = dict(outcome.files) | {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}
-    texts[MANIFEST_NAME] = manifest_bytes(plan, files, outcome.errors, hash_source=hash_source)
+    files = {name: (record.sha256, record.size) for name, record in folder.records.items()}
+    files |= {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}
+    texts[MANIFEST_NAME] = manifest_bytes(plan, files, folder.errors, hash_source=hash_source)
+    folder.sync()
     for name in folder.seals:
         folder.write(name, texts[name])
     folder.finish()
 
 
-def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) -> Report:
+def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
     read = plan.bytes_before + plan.bytes_copied
     several = len(plan.components) > 1
-    costs = [error.shared_scale_db for error in outcome.errors.values() if error.shared_scale_db is not None]
+    costs = [error.shared_scale_db for error in folder.errors.values() if error.shared_scale_db is not None]
     return Report(
         out=folder.path,
         method=" + ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats)),
         format=" + ".join(map(format_label, plan.recipe.formats)),
-        layers=len(outcome.errors),
+        layers=len(folder.errors),
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bytes_copied=plan.bytes_copied,
@@ -219,7 +261,7 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
         gigabytes_per_second=read / seconds / 1e9,
         sqnr_db={
             (f"{component}.{layer}" if several else layer): error.sqnr_db
-            for (component, layer), error in outcome.errors.items()
+            for (component, layer), error in folder.errors.items()
         },
         shared_scale_layers=len(costs),
         shared_scale_db=sum(costs) / len(costs) if costs else None,
@@ -229,9 +271,9 @@ def _report(plan: Plan, folder: OutputFolder, outcome: Outcome, seconds: float) 
 
 
 @contextmanager
-def _progress_bar(total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
+def _progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     disable = None if show else True  # None: shown on a terminal only
-    with tqdm(total=total, unit="B", unit_scale=True, desc="convert", disable=disable, dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=disable, dynamic_ncols=True) as bar:
         yield lambda count: (bar.update(count), None)[1]

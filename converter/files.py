@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 _ALTERNATIVE = re.compile(
     r"^(diffusion_pytorch_model|pytorch_model|model)([.-].*)?\."
@@ -19,6 +19,24 @@ _ALTERNATIVE = re.compile(
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from a number with a unit of 1000 or 1024: ``400M``, ``1.5GB``, ``512MiB``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?)b?|b?)", text.strip().lower())
+    if match is None:
+        raise UsageError(f"{printable(text)!r} is no size, expected a number and a unit such as 400M, 1.5GB or 512MiB.")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix) + 1 if prefix else 0))
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know the names in a folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def is_alternative_weights(file_name: str) -> bool:

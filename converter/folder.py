@@ -1,21 +1,27 @@
-"""The output folder: who may write into it, and what an interrupted or failed run leaves behind."""
+"""The output folder: who may write into it, what a run that stops leaves behind, and how the next goes on."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.checkpoint import Checkpoint
+from omni_convert.converter.file_writer import FileRecord
+from omni_convert.converter.files import processors, sync_folder
+from omni_convert.converter.groups import Group
+from omni_convert.converter.hashes import file_problems
+from omni_convert.converter.job import difference
+from omni_convert.converter.journal import Entries, Journal, read_journal
+from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.output import PARTIAL_SUFFIX
-from omni_convert.converter.plan import Plan, encode_json
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.converter.plan import Plan
+from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.layout import (
     CONFIG_NAME,
     MANIFEST_NAME,
@@ -29,24 +35,63 @@ _log = logging.getLogger(__name__)
 
 
 class OutputFolder:
-    """Takes a folder for one plan, and gives it back empty if the run fails.
+    """Takes a folder for one plan. A run that stops leaves it empty, or such that the same job can go on.
 
-    A marker file says "unfinished" from the first byte until everything is sealed. ``config.json``, the index and
-    ``model_index.json`` are written last, so an interrupted folder cannot be loaded by mistake.
+    The marker says "unfinished" from the first byte until everything is sealed, and lists the files that are whole.
+    ``config.json``, the index and ``model_index.json`` are written last, so an interrupted folder cannot be loaded by
+    mistake. ``files``: all that the run writes. ``records``: those that are whole.
     """
 
-    def __init__(self, plan: Plan, path: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        path: Path,
+        job: dict[str, Any],
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        durable: bool = False,
+    ) -> None:
+        """``overwrite``: begin anew whatever is there. ``resume``: only go on. ``durable``: wait for the disk."""
         self.plan = plan
         self.path = Path(os.path.abspath(path))
         self.job = job
         self.overwrite = overwrite
+        self.resume = resume
+        self.durable = durable
         self.seals = _seal_names(plan)
-        self.copies = [name for name in plan.checkpoint.others if name not in self.seals]
-        shards = [c.component.relative(s.source.path.name) for c in plan.components for s in c.shards]
-        self.files = [*shards, *self.copies, *self.seals]
+        copies = [name for name in plan.checkpoint.others if name not in self.seals]
+        self.files = [*plan.shards, *copies, *self.seals]
+        self.records: dict[str, FileRecord] = {}
         self._stale: list[str] = []
         self._made: list[Path] = []
         self._lock: int | None = None
+        self._journal: Journal | None = None
+
+    @property
+    def missing(self) -> list[str]:
+        """What is to be written before the seals, in the order of the plan."""
+        return [name for name in self.files if name not in self.records and name not in self.seals]
+
+    @property
+    def errors(self) -> dict[tuple[str, str], LayerError]:
+        """Of every quantized layer of the finished files, by component and layer, in the order of the plan."""
+        return {
+            (component, layer): error
+            for name, (component, _) in self.plan.shards.items()
+            if name in self.records
+            for layer, error in self.records[name].errors.items()
+        }
+
+    @property
+    def known(self) -> dict[Group, float]:
+        """The magnitudes that finished files share with others."""
+        return {
+            (component, group): value
+            for name, (component, _) in self.plan.shards.items()
+            if name in self.records
+            for group, value in self.records[name].largest.items()
+        }
 
     def check(self, *, linked: bool) -> None:
         """Everything that can be refused before a byte is written.
@@ -67,35 +112,80 @@ class OutputFolder:
                 f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
             )
 
-    def take(self) -> None:
-        """Mark the folder as unfinished, then clear what is to be replaced, seals first.
+    def take(self, progress: Callable[[int], object] = lambda count: None) -> None:
+        """Mark the folder as unfinished; keep what an earlier run of this job finished, clear the rest, seals first.
+
+        ``progress``: receives the bytes of kept files as they are compared with their sha256.
 
         Raises:
             OmniConvertError: another process holds the folder.
         """
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock_marker()
-        (self.path / MARKER_NAME).write_bytes(encode_json(self.job))
-        self._remove_files()
+        found = self._lock_marker()
+        self.records = dict(found.files) if found else {}
+        expected = {name: (record.size, record.sha256) for name, record in self.records.items()}
+        for name, problem in file_problems(self.path, expected, processors(), progress).items():
+            _log.warning("%s: %s It is written again.", self.path / name, problem)
+            del self.records[name]
+        self._remove_files(keep=self.records)
+        assert self._lock is not None
+        self._journal = Journal(self._lock, durable=self.durable)
+        self._journal.begin(self.job, found)
         for name in self.files:
             (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def record(self, name: str, record: FileRecord) -> None:
+        """A file is whole and has its name."""
+        assert self._journal is not None
+        self.records[name] = record
+        self._journal.add(name, record)
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, at once under its final name or not at all."""
         partial = self.path / (name + PARTIAL_SUFFIX)
-        partial.write_bytes(data)
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            if self.durable:
+                os.fsync(file.fileno())
         partial.replace(self.path / name)
+        if self.durable:
+            sync_folder(partial.parent)
+
+    def sync(self) -> None:
+        """Have the disk know every name so far, if the output is to be durable."""
+        if not self.durable:
+            return
+        inside = {folder for name in self.files for folder in (self.path / name).parents}
+        for folder in {item for item in inside if item.is_relative_to(self.path)} | {
+            made.parent for made in self._made
+        }:
+            sync_folder(folder)
 
     def finish(self) -> None:
         (self.path / MARKER_NAME).unlink()
+        if self.durable:
+            sync_folder(self.path)
         self._unlock()
 
-    def give_back(self) -> None:
-        """Remove everything of this run, if the folder was taken: it is as empty as before."""
-        if self._lock is None:
-            return
-        self._remove_files()
+    def stop(self, *, keep: bool) -> str:
+        """For a run that ends early: remove what is not whole, and if not ``keep`` the rest too. Says what is kept."""
+        if self._journal is None:  # not taken: nothing here is ours
+            self._unlock()
+            return ""
+        kept = self.records if keep else {}
+        self._remove_files(keep=kept)
+        if not kept:
+            self._remove_empty()
+        self._unlock()
+        count = len(self.files) - len(self.seals)
+        return (
+            f" {len(kept)} of {count} files are finished and kept: the same command goes on from there." if kept else ""
+        )
+
+    def _remove_empty(self) -> None:
+        """The marker, and the folders of this run."""
         _remove(self.path / MARKER_NAME)
         folders = {parent for name in self.files for parent in (self.path / name).parents}
         for folder in sorted(folders, key=lambda item: -len(item.parts)):
@@ -104,16 +194,19 @@ class OutputFolder:
         for folder in self._made:
             with suppress(OSError):  # gone already, or in use by now
                 folder.rmdir()
-        self._unlock()
 
-    def _remove_files(self) -> None:
+    def _remove_files(self, keep: Collection[str]) -> None:
         """What this run writes or replaces, whole or not; seals first, so that it never looks complete."""
         for name in (*reversed(self.seals), *self._stale, *self.files):
-            _remove(self.path / name)
+            if name not in keep:
+                _remove(self.path / name)
             _remove(self.path / (name + PARTIAL_SUFFIX))
 
-    def _lock_marker(self) -> None:
-        """Hold the marker until ``finish`` or ``give_back``; the system lets go of it if this process dies."""
+    def _lock_marker(self) -> Entries | None:
+        """Hold the marker until ``finish`` or ``stop``; the system lets go of it if this process dies.
+
+        Returns what an earlier run of this job left, if this one goes on from there.
+        """
         marker = self.path / MARKER_NAME
         unfinished = marker.exists()
         self._lock = os.open(marker, os.O_RDWR | os.O_CREAT, 0o666)
@@ -122,15 +215,30 @@ class OutputFolder:
         except BlockingIOError as error:
             self._unlock()
             raise OmniConvertError(
-                f"{self.path}: another conversion is writing there now, expected a folder of our own. "
+                f"{self.path}: {_holder(marker)} is writing there now, expected a folder of our own. "
                 "Wait until it is done, or choose another folder."
             ) from error
         except OSError as error:
             _log.warning("%s: cannot be locked (%s): see to it that no second run writes there", self.path, error)
-        if not unfinished and not self.overwrite and len(list(self.path.iterdir())) > 1:
-            marker.unlink()  # somebody finished here after we had looked
+        ours = marker.exists() and os.path.samestat(marker.stat(), os.fstat(self._lock))
+        others = len(list(self.path.iterdir())) > (1 if ours else 0)
+        if not ours or (not unfinished and not self.overwrite and others):
+            if ours:
+                marker.unlink()  # somebody finished here after we had looked
             self._unlock()
-            raise OmniConvertError(f"{self.path}: is not empty any more. Choose another folder, or pass --overwrite.")
+            raise OmniConvertError(
+                f"{self.path}: was written by another run just now. Look at it, choose another folder, or pass "
+                "--overwrite."
+            )
+        return None if self.overwrite else self._own_entries(marker)
+
+    def _own_entries(self, marker: Path) -> Entries | None:
+        """What the journal says, if it is this job's."""
+        found = read_journal(marker)
+        if found.job is None or difference(found.job, self.job):
+            return None
+        files = {name: record for name, record in found.files.items() if name in self.files}
+        return replace(found, files=files)
 
     def _unlock(self) -> None:
         if self._lock is not None:
@@ -165,6 +273,8 @@ class OutputFolder:
 
     def _check_contents(self) -> None:
         if not self.path.is_dir() or not any(self.path.iterdir()):
+            if self.resume:
+                raise UsageError(f"--resume: {self.path} holds nothing to go on with. Begin without --resume.")
             return
         if self.overwrite:
             self._stale = self._stale_files()
@@ -174,14 +284,15 @@ class OutputFolder:
             raise OmniConvertError(
                 f"{self.path}: is not empty, expected an empty or new folder. Choose another, or pass --overwrite."
             )
-        job = _marker_job(marker)
-        if job is None and len(list(self.path.iterdir())) == 1:
+        found = read_journal(marker)
+        if found.job is None and len(list(self.path.iterdir())) == 1:
             return  # killed while the marker was written: nothing else has happened yet
-        if job != self.job:
+        if reason := difference(found.job or {}, self.job):
             raise OmniConvertError(
-                f"{self.path}: holds the unfinished output of another conversion (another source, recipe or "
-                "version). Finish that one, choose another folder, or pass --overwrite."
+                f"{self.path}: holds the unfinished output of another job: {reason}. Finish that one, choose another "
+                "folder, or begin anew with --overwrite."
             )
+        self.records = {name: record for name, record in found.files.items() if name in self.files}
 
     def _check_weights_are_ours(self, earlier: Collection[str]) -> None:
         """``--overwrite`` replaces conversions, never somebody's only copy of a model."""
@@ -212,20 +323,6 @@ class OutputFolder:
         return [name for name in stale if (self.path / name).parent.resolve().is_relative_to(self.path.resolve())]
 
 
-def job_identity(checkpoint: Checkpoint, recipe: dict[str, Any], version: str) -> dict[str, Any]:
-    """What makes two runs the same job: the source's headers, the recipe and the version."""
-    return {
-        "omni_convert": version,
-        "recipe": recipe,
-        "source": str(checkpoint.root),
-        "headers": {
-            component.relative(shard.path.name): shard.sha256
-            for component in checkpoint.components
-            for shard in component.shards.headers
-        },
-    }
-
-
 def _seal_names(plan: Plan) -> list[str]:
     """Files that make the folder loadable, in the order in which they are written."""
     components = [part.component for part in plan.components]
@@ -235,11 +332,11 @@ def _seal_names(plan: Plan) -> list[str]:
     return names + ([PIPELINE_INDEX] if plan.checkpoint.kind == "pipeline" else [])
 
 
-def _marker_job(marker: Path) -> object:
+def _holder(marker: Path) -> str:
     try:
-        return json.loads(marker.read_bytes())
-    except ValueError:
-        return None
+        return read_journal(marker).holder
+    except OmniConvertError:  # it is being written
+        return Entries.holder
 
 
 def _remove(path: Path) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
+from omni_convert.converter.files import processors
+from omni_convert.converter.hashes import file_sha256
+from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
-from omni_convert.converter.weight_writer import LayerError
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.header import hash_header
 from omni_convert.formats.layout import CONFIG_NAME
-
-HASH_BYTES = 4 << 20
 
 
 def manifest_bytes(
@@ -48,15 +48,6 @@ def manifest_bytes(
     )
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while piece := file.read(HASH_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def _source_files(
     checkpoint: Checkpoint, outputs: Mapping[str, tuple[str, int]], *, hash_source: bool
 ) -> dict[str, Any]:
@@ -68,14 +59,17 @@ def _source_files(
             entries[name]["header_sha256"] = header_sha256
         if hash_source:
             entries[name]["sha256"] = outputs[name][0]  # it arrived unchanged
-    for component in checkpoint.components:
-        for path, header_sha256 in _component_files(component):
-            entry = _stat(path)
-            if header_sha256:
-                entry["header_sha256"] = header_sha256
-            if hash_source:
-                entry["sha256"] = file_sha256(path)
-            entries[component.relative(path.name)] = entry
+    own = {
+        component.relative(path.name): (path, header_sha256)
+        for component in checkpoint.components
+        for path, header_sha256 in _component_files(component)
+    }
+    for name, (path, header_sha256) in own.items():
+        entries[name] = _stat(path) | ({"header_sha256": header_sha256} if header_sha256 else {})
+    if hash_source:
+        with ThreadPoolExecutor(processors()) as pool:
+            for name, digest in zip(own, pool.map(file_sha256, (path for path, _ in own.values())), strict=True):
+                entries[name]["sha256"] = digest
     return dict(sorted(entries.items()))
 
 

@@ -125,6 +125,15 @@ class Plan:
         for component in self.components:
             yield from component.tensors()
 
+    @cached_property
+    def shards(self) -> dict[str, tuple[str, ShardPlan]]:
+        """Relative path -> component and shard, of every shard that is written."""
+        return {
+            part.component.relative(shard.source.path.name): (part.component.name, shard)
+            for part in self.components
+            for shard in part.shards
+        }
+
     @property
     def bytes_before(self) -> int:
         """Tensor bytes of the quantized components, as stored in the source."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from omni_convert.converter.checkpoint import Component, open_component
 from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.contract import check_contract, is_quantized
 from omni_convert.converter.files import processors
+from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.inspect import quantized_layers
-from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
 from omni_convert.converter.values import value_problems
@@ -166,16 +165,11 @@ def _is_manifest(data: Mapping[str, Any]) -> bool:
 def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], progress: bool) -> Check:
     from tqdm import tqdm
 
+    expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
     total = sum(int(entry["size"]) for entry in files.values())
-    problems: list[str] = []
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None if progress else True) as bar,
-        ThreadPoolExecutor(processors()) as pool,
-    ):
-        tasks = {name: pool.submit(_file_problem, root / name, entry, bar.update) for name, entry in files.items()}
-        for name, task in tasks.items():
-            if problem := task.result():
-                problems.append(f"{name}: {problem}")
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None if progress else True) as bar:
+        found = file_problems(root, expected, processors(), bar.update)
+    problems = [f"{name}: {problem} Convert again, or copy it again." for name, problem in found.items()]
     problems += [f"{name}: holds weights that the manifest does not list." for name in _stray_weights(root, files)]
     return Check("files", f"{len(files)} files by size and sha256", tuple(problems))
 
@@ -185,17 +179,6 @@ def _stray_weights(root: Path, files: Mapping[str, Any]) -> list[str]:
     folders = {(root / name).parent for name in files if name.endswith(".safetensors")}
     found = sorted(path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*.safetensors"))
     return [name for name in found if name not in files]
-
-
-def _file_problem(path: Path, entry: Mapping[str, Any], update: Callable[[int], object]) -> str | None:
-    if not path.is_file():
-        return "is missing. Copy it again or convert again."
-    size = path.stat().st_size
-    if size != entry["size"]:
-        return f"has {size} bytes, expected {entry['size']}. Copy it again or convert again."
-    digest = file_sha256(path)
-    update(size)
-    return None if digest == entry["sha256"] else "its sha256 differs: the content changed. Convert again."
 
 
 def _formats(recipe: Recipe, component: str, decisions: Mapping[str, Any]) -> dict[str, Format]:

@@ -11,6 +11,10 @@ class UsageError(OmniConvertError):
     """The request itself is wrong (an option, a pattern, a combination): the command line exits with 2."""
 
 
+class SourceError(OmniConvertError):
+    """The source holds what no run can convert, or changes meanwhile: what was written of it is of no use."""
+
+
 def printable(value: object, limit: int = 120) -> str:
     """Text from a file that is not trusted, fit for one line of a message: escaped, and cut after ``limit``."""
     text = value if isinstance(value, str) else repr(value)

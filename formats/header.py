@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -57,12 +58,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The parsed header of one safetensors file. ``sha256`` covers the length field and the JSON."""
+    """The parsed header of one safetensors file. ``sha256`` covers the length field and the JSON; ``mtime_ns`` is the
+    file's time of last change when it was read."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     metadata: Mapping[str, str]
     file_size: int
+    mtime_ns: int
     sha256: str
 
 
@@ -74,7 +77,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
+            stat = os.fstat(file.fileno())
+            size = stat.st_size
             prefix = file.read(8)
             raw = _read_json_bytes(path, file, prefix, size)
     except OSError as error:
@@ -92,6 +96,7 @@ def read_header(path: Path) -> Header:
         tensors=tensors,
         metadata=metadata,
         file_size=size,
+        mtime_ns=stat.st_mtime_ns,
         sha256=hashlib.sha256(prefix + raw).hexdigest(),
     )
 

@@ -21,7 +21,7 @@ from hostile.small import (
 from quantized import run_kernel
 
 from omni_convert.converter.convert import convert, plan
-from omni_convert.converter.manifest import file_sha256
+from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.show import plan_text
 from omni_convert.converter.verify import verify
 from omni_convert.formats import FORMATS, make_format
@@ -62,7 +62,7 @@ def test_scale_rule_is_verified_as_the_manifest_says(tmp_path: Path, method: str
 def test_the_largest_weight_counts_wherever_it_stands(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 256)
+    monkeypatch.setattr("omni_convert.converter.convert.PIECE_BYTES", 256)
     values = np.ones((100, 64), np.float32)
     values[97, 5] = -448
     source = write_model(tmp_path / "model", {}, {"a.weight": to_bits(values), "b.weight": to_bits(values / 448)})
@@ -76,7 +76,7 @@ def test_the_largest_weight_counts_wherever_it_stands(
 def test_nonfinite_weight_beside_a_weight_that_waits_for_it(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 256)
+    monkeypatch.setattr("omni_convert.converter.convert.PIECE_BYTES", 256)
     values = np.ones((100, 64), np.float32)
     values[50, 5] = np.nan
     source = write_model(tmp_path / "model", {}, {"a.weight": to_bits(values)})

@@ -7,41 +7,44 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from hostile.small import Tensor, entry, file_bytes, random, to_values, write_model
 
 from omni_convert.converter.convert import plan
-from omni_convert.converter.execute import LayerError, Outcome, execute
+from omni_convert.converter.execute import Settings, execute
+from omni_convert.converter.file_writer import FileRecord
+from omni_convert.converter.layer_error import LayerError
 from omni_convert.formats.errors import OmniConvertError
 
 
-def run(source: Path, out: Path, **options: Any) -> tuple[Outcome, list[int]]:
+def run(source: Path, out: Path, piece_bytes: int = 4096, threads: int = 2) -> tuple[dict[str, FileRecord], list[int]]:
     planned = plan(source, method="int8")
     done: list[int] = []
+    records: dict[str, FileRecord] = {}
     out.mkdir()
-    arguments: dict[str, Any] = {"threads": 2, "link": False, "progress": done.append} | options
-    return execute(planned, out, planned.checkpoint.others, **arguments), done
+    names = [*planned.shards, *planned.checkpoint.others]
+    settings = Settings(threads=threads, piece_bytes=piece_bytes)
+    execute(planned, out, names, settings, known={}, record=records.__setitem__, progress=done.append)
+    return records, done
 
 
-def test_progress_adds_up_to_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 100)
+def test_progress_adds_up_to_what_is_read(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model")
     (source / "more").write_bytes(bytes(1234))
-    outcome, done = run(source, tmp_path / "out")
+    records, done = run(source, tmp_path / "out", piece_bytes=100)
     assert sum(done) == 16 * 24 * 2 + 16 * 2 + 1234
     assert max(done) <= 100
-    assert outcome.files.keys() == {"diffusion_pytorch_model.safetensors", "more"}
-    assert outcome.files["more"][1] == 1234
+    assert records.keys() == {"diffusion_pytorch_model.safetensors", "more"}
+    assert records["more"].size == 1234
 
 
 def test_error_sums_are_those_of_the_layer(tmp_path: Path) -> None:
     weight = random(16, 24, dtype="F32")
     source = write_model(tmp_path / "model", {}, {"a.weight": weight})
-    outcome, _ = run(source, tmp_path / "out")
-    error = outcome.errors["", "a"]
+    records, _ = run(source, tmp_path / "out")
+    error = records["diffusion_pytorch_model.safetensors"].errors["a"]
     assert error.signal == pytest.approx(float(np.sum(to_values(weight).astype(np.float64) ** 2)), rel=1e-5)
     assert 30 < error.sqnr_db < 60
 
@@ -54,22 +57,24 @@ def test_sqnr(signal: float, noise: float, decibel: float) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_first_error_stops_every_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 48)
+def test_first_error_stops_every_thread(tmp_path: Path, threads: int) -> None:
     bad = random(1000, 24)
     bad.bits[0, 0] = 0x7F80
     source = write_model(tmp_path / "model", {}, {"a.weight": bad})
     done: list[int] = []
+    planned = plan(source, method="int8")
+    (tmp_path / "out").mkdir()
+    settings = Settings(threads=threads, piece_bytes=48)
     with pytest.raises(OmniConvertError, match="row 0, column 0"):
-        run(source, tmp_path / "out", threads=threads, progress=done.append)
+        execute(planned, tmp_path / "out", list(planned.shards), settings, known={}, record=print, progress=done.append)
     assert len(done) < 900
 
 
-def test_row_wider_than_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 32)
-    outcome, done = run(write_model(tmp_path / "model", {}, {"a.weight": random(3, 200)}), tmp_path / "out")
+def test_row_wider_than_a_piece(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", {}, {"a.weight": random(3, 200)})
+    records, done = run(source, tmp_path / "out", piece_bytes=32)
     assert sorted(done) == [0, 400, 400, 400]
-    assert outcome.errors.keys() == {("", "a")}
+    assert records["diffusion_pytorch_model.safetensors"].errors.keys() == {"a"}
 
 
 def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:

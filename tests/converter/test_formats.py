@@ -26,8 +26,8 @@ from quantized import as_bytes, run_kernel, weights
 from safetensors import safe_open
 
 from omni_convert.converter.convert import Report, convert, plan
+from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.inspect import inspect
-from omni_convert.converter.manifest import file_sha256
 from omni_convert.converter.verify import verify
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Facts, Format
@@ -167,7 +167,7 @@ def test_inspect_names_the_format(made: Made) -> None:
 def test_same_bytes_with_two_threads(
     made: Made, qwen_image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 2048)  # many jobs even here
+    monkeypatch.setattr("omni_convert.converter.convert.PIECE_BYTES", 2048)  # many jobs even here
     convert(qwen_image, tmp_path / "out", **chosen(made.kind), ignore=["img_mlp"], threads=2)
     assert snapshot(tmp_path / "out") == snapshot(made.out)
 

@@ -51,7 +51,7 @@ def amax(weights: Mapping[str, NDArray[Any]], layers: list[str]) -> np.float32:
 def test_int8_has_one_scale_per_group(
     source: Path, tmp_path: Path, threads: int, quality: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omni_convert.converter.jobs.JOB_BYTES", 1024)  # many jobs even here
+    monkeypatch.setattr("omni_convert.converter.convert.PIECE_BYTES", 1024)  # many jobs even here
     convert(source, tmp_path / "out", method="int8", threads=threads, quality=quality)
     weights, found = values(source), values(tmp_path / "out")
     for group in (QUERIES, ADDED):

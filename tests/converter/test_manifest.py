@@ -10,7 +10,7 @@ from hostile.small import read_json, snapshot, write_pipeline
 
 from omni_convert import __version__
 from omni_convert.converter.convert import convert
-from omni_convert.converter.manifest import file_sha256
+from omni_convert.converter.hashes import file_sha256
 from omni_convert.formats.header import read_header
 
 SHARD = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
@@ -89,6 +89,6 @@ def test_quantization_config_has_no_provenance(conversion: tuple[Path, Path, boo
 
 
 def test_file_sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omni_convert.converter.manifest.HASH_BYTES", 7)
+    monkeypatch.setattr("omni_convert.converter.hashes.PIECE_BYTES", 7)
     (tmp_path / "x").write_bytes(bytes(range(100)))
     assert file_sha256(tmp_path / "x") == hashlib.sha256(bytes(range(100))).hexdigest()

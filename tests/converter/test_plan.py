@@ -23,7 +23,7 @@ from hostile.small import (
     write_weights,
 )
 
-from omni_convert.converter.convert import needs, plan
+from omni_convert.converter.convert import Means, needs, plan
 from omni_convert.converter.decide import natural_key
 from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError
@@ -193,7 +193,10 @@ def test_sizes(qwen: Path) -> None:
 
 def test_disk_and_memory_needs(tmp_path: Path) -> None:
     planned = plan_int8(write_pipeline(tmp_path / "model"))
-    (memory, disk), (more_memory, less_disk) = needs(planned, 1, link=False), needs(planned, 4, link=True)
+    (memory, disk), (more_memory, less_disk) = (
+        needs(planned, Means(threads=1)),
+        needs(planned, Means(threads=4, link=True)),
+    )
     shards = sum(shard.size for part in planned.components for shard in part.shards)
     assert (disk, less_disk) == (shards + planned.bytes_copied, shards)
     assert 0 < memory < more_memory < 100e6
@@ -213,7 +216,7 @@ def test_huge_source_is_planned_in_no_time(tmp_path: Path) -> None:
             pytest.skip("the file system holds no file of 2 TB")
     started = time.perf_counter()
     planned = plan_int8(path)
-    memory, _ = needs(planned, 2, link=False)
+    memory, _ = needs(planned, Means(threads=2))
     assert time.perf_counter() - started < 5
     assert planned.bytes_before == 4 * size
     assert planned.bytes_after == 4 * (rows * columns + 4 * rows)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hostile.small import random, write_model, write_pipeline
 
-from omni_convert.converter.convert import convert, needs, plan
+from omni_convert.converter.convert import Means, convert, needs, plan
 from omni_convert.converter.plan import Plan
 from omni_convert.converter.show import group_tensors, plan_dict, plan_text, report_text
 from omni_convert.converter.tables import format_bytes
@@ -74,7 +74,7 @@ def test_text_of_an_unknown_class_says_so(tmp_path: Path) -> None:
 
 
 def test_data_holds_the_same_facts(planned: Plan) -> None:
-    memory, disk = needs(planned, 2, link=False)
+    memory, disk = needs(planned, Means(threads=2))
     data: dict[str, Any] = json.loads(json.dumps(plan_dict(planned, memory, disk), allow_nan=False))
     assert (data["peak_memory"], data["disk_needed"]) == (memory, disk)
     assert (data["bytes_before"], data["bytes_after"]) == (planned.bytes_before, planned.bytes_after)

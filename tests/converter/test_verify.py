@@ -14,7 +14,7 @@ from conversions import own_failures
 from hostile.small import read_json, to_bits, write_json, write_model, write_pipeline
 
 from omni_convert.converter.convert import convert
-from omni_convert.converter.manifest import file_sha256
+from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.verify import Verification, verify
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import StoredTensor, read_header
@@ -92,7 +92,7 @@ def test_single_file_passes(tmp_path: Path) -> None:
 
 def test_missing_file(made: Conversion) -> None:
     (made.out / "README.md").unlink()
-    assert made.problems() == ["README.md: is missing. Copy it again or convert again."]
+    assert made.problems() == ["README.md: is missing. Convert again, or copy it again."]
 
 
 @pytest.mark.parametrize("name", ["README.md", "text_encoder/config.json", f"transformer/{SHARD}"])
@@ -105,7 +105,7 @@ def test_changed_byte(made: Conversion, name: str) -> None:
 def test_changed_size(made: Conversion) -> None:
     with (made.out / "README.md").open("ab") as file:
         file.write(b"!")
-    assert made.problems() == ["README.md: has 9 bytes, expected 8. Copy it again or convert again."]
+    assert made.problems() == ["README.md: has 9 bytes, expected 8. Convert again, or copy it again."]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])

@@ -1,0 +1,182 @@
+"""Cut the work on a file into pieces: a few megabytes of the source, and where what becomes of them goes.
+
+The pieces follow from the plan alone, so that threads, a resumed run and other machines all cut alike. A piece holds
+rows of a large weight, or many small tensors: reading and writing them costs as little per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from omni_convert.converter.plan import ShardPlan, TensorPlan
+from omni_convert.formats.base import row_slice
+
+PIECE_BYTES = 4 << 20
+"""Large enough to hide the calls, small enough to stay in the last-level cache."""
+_CACHE_LINE = 64
+
+
+class Region(NamedTuple):
+    """Consecutive bytes of the output file: ``offset`` there, ``size``, and ``at`` where they lie in a buffer."""
+
+    offset: int
+    size: int
+    at: int
+
+
+class Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of a weight that is quantized, or those bytes of a tensor that is kept.
+
+    ``regions``: by suffix; "" for the bytes that are kept.
+    """
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+    regions: Mapping[str, Region]
+
+    @property
+    def size(self) -> int:
+        """Bytes in the source."""
+        return (self.stop - self.start) * unit_bytes(self.tensor)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.size == self.tensor.source.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """``size`` bytes of the source from ``start``, as slices that follow each other without a gap.
+
+    ``spans``: what it writes, neighbouring regions joined. ``copies``: the bytes as they are, into one span.
+    """
+
+    start: int
+    size: int
+    slices: Sequence[Slice]
+    spans: Sequence[Region]
+    copies: bool
+
+    @property
+    def output_size(self) -> int:
+        """Bytes of a buffer that holds the regions."""
+        return self.spans[-1].at + self.spans[-1].size
+
+
+class _Cut(NamedTuple):
+    """A slice before it has its place."""
+
+    tensor: TensorPlan
+    start: int
+    stop: int
+
+
+def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
+    """All of a shard but its header, in the order of the source."""
+    offsets, end = {}, len(shard.header)
+    for name, spec in shard.layout.items():
+        offsets[name] = end
+        end += spec.nbytes
+    waiting: list[_Cut] = []
+    size = 0
+    for tensor in shard.tensors:
+        for cut in _cuts(tensor, piece_bytes):
+            nbytes = (cut.stop - cut.start) * unit_bytes(tensor)
+            if waiting and size + nbytes > piece_bytes:
+                yield _piece(waiting, offsets)
+                waiting, size = [], 0
+            waiting.append(cut)
+            size += nbytes
+    if waiting:
+        yield _piece(waiting, offsets)
+
+
+def copy_pieces(size: int, piece_bytes: int) -> Iterator[Piece]:
+    """A file that arrives unchanged; an empty one is a piece of nothing."""
+    for start in range(0, max(size, 1), piece_bytes):
+        span = Region(start, min(piece_bytes, size - start), 0)
+        yield Piece(start=start, size=span.size, slices=(), spans=(span,), copies=True)
+
+
+def weight_pieces(tensor: TensorPlan, piece_bytes: int) -> Iterator[Piece]:
+    """The rows of a weight, to be read without writing anything."""
+    for cut in _cuts(tensor, piece_bytes):
+        yield _piece([cut], None)
+
+
+def unit_bytes(tensor: TensorPlan) -> int:
+    """Bytes of what a slice counts: a row, or one byte of a tensor that is kept."""
+    spec = tensor.source.spec
+    return spec.nbytes // spec.shape[0] if tensor.decision.format else 1
+
+
+def smallest_piece(tensor: TensorPlan) -> int:
+    """Bytes of the source that cannot be cut any further: the rows that share scales."""
+    if tensor.decision.format is None:
+        return 1
+    return unit_bytes(tensor) * min(tensor.decision.format.rows_per_scale, tensor.source.spec.shape[0])
+
+
+def _cuts(tensor: TensorPlan, piece_bytes: int) -> Iterator[_Cut]:
+    unit = unit_bytes(tensor)
+    units = tensor.source.spec.nbytes // unit
+    together = tensor.decision.format.rows_per_scale if tensor.decision.format else 1
+    step = max(1, piece_bytes // (unit * together)) * together
+    for start in range(0, units, step):
+        yield _Cut(tensor, start, min(start + step, units))
+
+
+def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, int] | None) -> Piece:
+    """``offsets``: where the output's tensors begin; None if nothing is written."""
+    places = [_places(cut, offsets) if offsets else {} for cut in cuts]
+    spans: list[Region] = []
+    at: dict[int, int] = {}
+    for offset, size in sorted(place for part in places for place in part.values()):
+        last = spans[-1] if spans else Region(-1, 0, 0)
+        if last.offset + last.size == offset:
+            spans[-1] = last._replace(size=last.size + size)
+        else:  # as far from a cache line's start as in the file: every element stays aligned
+            start = -(-(last.at + last.size) // _CACHE_LINE) * _CACHE_LINE
+            spans.append(Region(offset, size, start + offset % _CACHE_LINE))
+        at[offset] = spans[-1].at + offset - spans[-1].offset
+    slices = [
+        Slice(*cut, {suffix: Region(offset, size, at[offset]) for suffix, (offset, size) in part.items()})
+        for cut, part in zip(cuts, places, strict=True)
+    ]
+    return Piece(
+        start=cuts[0].tensor.source.start + cuts[0].start * unit_bytes(cuts[0].tensor),
+        size=sum(item.size for item in slices),
+        slices=slices,
+        spans=spans,
+        copies=_copies(slices, spans),
+    )
+
+
+def _copies(slices: Sequence[Slice], spans: Sequence[Region]) -> bool:
+    """Whether the bytes of the source follow each other in one span of the output too."""
+    if len(spans) != 1 or any(item.tensor.decision.format for item in slices):
+        return False
+    kept = [item.regions[""].offset for item in slices]
+    return kept == sorted(kept)
+
+
+def _places(cut: _Cut, offsets: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Suffix -> offset and size in the output."""
+    tensor, fmt = cut.tensor, cut.tensor.decision.format
+    if fmt is None:
+        return {"": (offsets[tensor.name] + cut.start, cut.stop - cut.start)}
+    places = {}
+    for suffix in fmt.suffixes:
+        name = f"{tensor.layer}.{suffix}"
+        offset, spec = offsets[name], tensor.outputs[name]
+        if suffix in fmt.whole_suffixes:
+            if cut.start == 0:
+                places[suffix] = (offset, spec.nbytes)
+            continue
+        rows = slice(cut.start, cut.stop) if suffix == "weight" else row_slice(fmt, cut.start, cut.stop)
+        row = spec.nbytes // spec.shape[0]
+        places[suffix] = (offset + rows.start * row, (rows.stop - rows.start) * row)
+    return places
