@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.files import check_inside, is_alternative_weights
+from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, read_header
 from omni_convert.formats.layout import (
@@ -60,7 +61,8 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A source. ``components`` have open headers; ``others`` maps the remaining files (relative) to their sizes.
+    """A source. ``components`` have open headers; ``others`` maps the relative paths of the remaining files
+    to what they are.
 
     ``pipeline_class``: as ``model_index.json`` names it.
     """
@@ -68,7 +70,7 @@ class Checkpoint:
     root: Path
     kind: str  # "pipeline", "model" or "file"
     components: tuple[Component, ...]
-    others: Mapping[str, int]
+    others: Mapping[str, SourceFile]
     left_out: Mapping[str, str]
     pipeline_class: str | None = None
 
@@ -206,7 +208,7 @@ def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) 
     written |= {c.relative(c.shards.index_name) for c in components if c.shards.index_name}
     written |= {component.relative(CONFIG_NAME) for component in components}
     folders = {component.folder for component in components}
-    others: dict[str, int] = {}
+    others: dict[str, SourceFile] = {}
     left_out = {f"{name}/": reason for name, reason in _SKIPPED_FOLDERS.items() if (root / name).is_dir()}
     for path in _walk(root):
         relative = path.relative_to(root).as_posix()
@@ -220,7 +222,7 @@ def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) 
             left_out[relative] = "another copy of the unquantized weights"
         else:
             check_inside(path, root)
-            others[relative] = path.stat().st_size
+            others[relative] = SourceFile.now(path)
     return Checkpoint(root=root, kind=kind, components=components, others=others, left_out=left_out)
 
 

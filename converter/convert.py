@@ -161,8 +161,8 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
 
     settings = means.settings(plan)
     folder = _output_folder(plan, out, means)
-    folder.check(linked=means.link)
     try:
+        folder.check(linked=means.link)
         kept = sum(record.size for record in folder.records.values())
         with _progress_bar("check", kept, show=progress and kept > 0) as advance:
             folder.take(advance)
@@ -220,7 +220,7 @@ def _source_bytes(plan: Plan, names: Iterable[str]) -> int:
     sizes = {
         name: sum(tensor.source.spec.nbytes for tensor in shard.tensors) for name, (_, shard) in plan.shards.items()
     }
-    sizes |= plan.checkpoint.others
+    sizes |= {name: file.size for name, file in plan.checkpoint.others.items()}
     return sum(sizes[name] for name in names)
 
 

@@ -87,7 +87,7 @@ def file_writer(plan: Plan, name: str, groups: Groups, settings: Settings) -> Fi
             component=component,
             header=shard.header,
         )
-    source = SourceFile.now(plan.checkpoint.root / name)
+    source = plan.checkpoint.others[name]
     return FileWriter(source, list(copy_pieces(source.size, settings.piece_bytes)), groups)
 
 

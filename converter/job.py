@@ -24,8 +24,7 @@ def job_identity(plan: Plan) -> dict[str, Any]:
         for name in (component.shards.index_name, CONFIG_NAME if component.config is not None else None):
             if name:
                 files[component.relative(name)] = _stat(SourceFile.now(component.folder / name))
-    for name in checkpoint.others:
-        files[name] = _stat(SourceFile.now(checkpoint.root / name))
+    files |= {name: _stat(file) for name, file in checkpoint.others.items()}
     return {"omni_convert": __version__, "recipe": plan.recipe.to_dict(), "source": files}
 
 

@@ -52,8 +52,8 @@ def _source_files(
     checkpoint: Checkpoint, outputs: Mapping[str, tuple[str, int]], *, hash_source: bool
 ) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    for name in checkpoint.others:
-        entries[name] = _stat(checkpoint.root / name)
+    for name, file in checkpoint.others.items():
+        entries[name] = {"size": file.size, "mtime_ns": file.mtime_ns}
         header_sha256 = hash_header(checkpoint.root / name) if name.endswith(".safetensors") else None
         if header_sha256:
             entries[name]["header_sha256"] = header_sha256

@@ -146,7 +146,7 @@ class Plan:
     @property
     def bytes_copied(self) -> int:
         """Bytes of the files that arrive unchanged."""
-        return sum(self.checkpoint.others.values())
+        return sum(file.size for file in self.checkpoint.others.values())
 
     def disk_bytes(self, *, linked: bool) -> int:
         """Bytes that the output takes; ``linked``: unchanged files become hard links."""

@@ -83,7 +83,7 @@ def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory": memory,
         "disk_needed": disk,
-        "copied": dict(plan.checkpoint.others),
+        "copied": {name: file.size for name, file in plan.checkpoint.others.items()},
         "left_out": dict(plan.checkpoint.left_out),
         "shared_scales": shared.to_dict() if shared else None,
         "warnings": list(plan.warnings),

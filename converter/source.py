@@ -97,7 +97,7 @@ def read_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             ) from error
         if count == 0:
             raise SourceError(
-                f"{path}: ends at byte {offset + done}, expected at least {offset + len(buffer)}. "
+                f"{path}: ends at byte {os.fstat(fd).st_size}, expected at least {offset + len(buffer)}. "
                 "It became shorter during the run: restore it, then run again."
             )
         done += count
