@@ -165,14 +165,14 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
         folder.check(linked=means.link)
         kept = sum(record.size for record in folder.records.values())
         with _progress_bar("check", kept, show=progress and kept > 0) as advance:
-            folder.take(advance)
+            folder.take(settings.threads, advance)
         total = plan.bytes_before + plan.bytes_copied
         with _progress_bar("convert", total, show=progress) as advance:
             advance(total - _source_bytes(plan, folder.missing))
             execute(
                 plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
             )
-        _seal(plan, folder, hash_source=means.hash_source)
+        _seal(plan, folder, settings.threads if means.hash_source else 0)
     except OSError as error:
         raise OmniConvertError(
             f"{error.filename or folder.path}: cannot be written ({error.strerror}). "
@@ -224,8 +224,8 @@ def _source_bytes(plan: Plan, names: Iterable[str]) -> int:
     return sum(sizes[name] for name in names)
 
 
-def _seal(plan: Plan, folder: OutputFolder, *, hash_source: bool) -> None:
-    """Write what makes the folder loadable, the most telling file last."""
+def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
+    """Write what makes the folder loadable, the most telling file last. ``hashing_threads``: for the source, or 0."""
     texts: dict[str, bytes] = {}
     for part in plan.components:
         component = part.component
@@ -236,7 +236,7 @@ def _seal(plan: Plan, folder: OutputFolder, *, hash_source: bool) -> None:
         texts[PIPELINE_INDEX] = (plan.checkpoint.root / PIPELINE_INDEX).read_bytes()
     files = {name: (record.sha256, record.size) for name, record in folder.records.items()}
     files |= {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}
-    texts[MANIFEST_NAME] = manifest_bytes(plan, files, folder.errors, hash_source=hash_source)
+    texts[MANIFEST_NAME] = manifest_bytes(plan, files, folder.errors, hashing_threads=hashing_threads)
     folder.sync()
     for name in folder.seals:
         folder.write(name, texts[name])

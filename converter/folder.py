@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.file_writer import FileRecord
-from omni_convert.converter.files import processors, sync_folder
+from omni_convert.converter.files import sync_folder
 from omni_convert.converter.groups import Group
 from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.job import difference
@@ -112,10 +112,10 @@ class OutputFolder:
                 f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
             )
 
-    def take(self, progress: Callable[[int], object] = lambda count: None) -> None:
+    def take(self, threads: int, progress: Callable[[int], object]) -> None:
         """Mark the folder as unfinished; keep what an earlier run of this job finished, clear the rest, seals first.
 
-        ``progress``: receives the bytes of kept files as they are compared with their sha256.
+        ``threads``, ``progress``: who compares kept files with their sha256, and receives the bytes of what is done.
 
         Raises:
             OmniConvertError: another process holds the folder.
@@ -125,7 +125,7 @@ class OutputFolder:
         found = self._lock_marker()
         self.records = dict(found.files) if found else {}
         expected = {name: (record.size, record.sha256) for name, record in self.records.items()}
-        for name, problem in file_problems(self.path, expected, processors(), progress).items():
+        for name, problem in file_problems(self.path, expected, threads, progress).items():
             _log.warning("%s: %s It is written again.", self.path / name, problem)
             del self.records[name]
         self._remove_files(keep=self.records)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.files import processors
 from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
@@ -24,9 +23,12 @@ def manifest_bytes(
     files: Mapping[str, tuple[str, int]],
     errors: Mapping[tuple[str, str], LayerError],
     *,
-    hash_source: bool,
+    hashing_threads: int,
 ) -> bytes:
-    """The manifest: recipe, tool version, output files, source files, and the decision for every tensor."""
+    """The manifest: recipe, tool version, output files, source files, and the decision for every tensor.
+
+    ``hashing_threads``: how many read the whole source once more, for its sha256; 0 leaves that out.
+    """
     from omni_convert import __version__
 
     return encode_json(
@@ -37,7 +39,7 @@ def manifest_bytes(
             "source": {
                 "name": plan.checkpoint.root.name,
                 "kind": plan.checkpoint.kind,
-                "files": _source_files(plan.checkpoint, files, hash_source=hash_source),
+                "files": _source_files(plan.checkpoint, files, hashing_threads),
                 "left_out": dict(plan.checkpoint.left_out),
             },
             "components": {
@@ -49,7 +51,7 @@ def manifest_bytes(
 
 
 def _source_files(
-    checkpoint: Checkpoint, outputs: Mapping[str, tuple[str, int]], *, hash_source: bool
+    checkpoint: Checkpoint, outputs: Mapping[str, tuple[str, int]], hashing_threads: int
 ) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, file in checkpoint.others.items():
@@ -57,7 +59,7 @@ def _source_files(
         header_sha256 = hash_header(checkpoint.root / name) if name.endswith(".safetensors") else None
         if header_sha256:
             entries[name]["header_sha256"] = header_sha256
-        if hash_source:
+        if hashing_threads:
             entries[name]["sha256"] = outputs[name][0]  # it arrived unchanged
     own = {
         component.relative(path.name): (path, header_sha256)
@@ -66,8 +68,8 @@ def _source_files(
     }
     for name, (path, header_sha256) in own.items():
         entries[name] = _stat(path) | ({"header_sha256": header_sha256} if header_sha256 else {})
-    if hash_source:
-        with ThreadPoolExecutor(processors()) as pool:
+    if hashing_threads:
+        with ThreadPoolExecutor(hashing_threads) as pool:
             for name, digest in zip(own, pool.map(file_sha256, (path for path, _ in own.values())), strict=True):
                 entries[name]["sha256"] = digest
     return dict(sorted(entries.items()))
