@@ -194,6 +194,7 @@ def _listed_folders(path: Path) -> list[str]:
             )
         names.append(name)
         for shard_index in (path / name).glob("*.safetensors.index*.json"):
+            check_inside(shard_index, path)
             for file_name in sorted(set(read_index(shard_index)[0].values())):
                 if not (path / name / file_name).is_file():
                     raise OmniConvertError(

@@ -46,7 +46,7 @@ def is_alternative_weights(file_name: str) -> bool:
 
 def check_inside(path: Path, root: Path) -> None:
     """A file of the source must not be a link that leads out of it (links into the Hub cache's blobs are fine)."""
-    target, home = path.resolve(), root.resolve()
+    target, home = Path(os.path.realpath(path)), root.resolve()  # realpath() bears links that lead in a circle
     allowed = [home]
     for folder in (home, *home.parents):
         if folder.parent.name == "snapshots":

@@ -26,7 +26,7 @@ from omni_convert.converter.values import value_problems
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
 
@@ -52,7 +52,7 @@ class Verification:
         rows += [[check.name, check.result, check.checked] for check in self.checks]
         lines = [format_table(rows)]
         for check in self.checks:
-            lines += [f"  {check.name}: {problem}" for problem in check.problems[:10]]
+            lines += [f"  {check.name}: {printable(problem, 2000)}" for problem in check.problems[:10]]
             if len(check.problems) > 10:
                 lines.append(f"  {check.name}: ... and {len(check.problems) - 10} more (--json lists all)")
         if self.layers:
@@ -60,7 +60,7 @@ class Verification:
             mean = mean_db(item.sqnr_db for item in self.layers)
             lines += ["", self._error_table(), ""]
             lines.append(f"mean SQNR {format_db(mean)} over {len(self.layers)} layers; worst:")
-            lines += [f"  {format_db(item.sqnr_db)}  {item.layer}" for item in worst]
+            lines += [f"  {format_db(item.sqnr_db)}  {printable(item.layer)}" for item in worst]
         lines.append(f"{self.path}: {'verified' if self.ok else 'NOT what it should be'}")
         return "\n".join(lines)
 

@@ -14,14 +14,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from omni_convert.formats.errors import OmniConvertError, printable
+from omni_convert.formats.strict_json import parse_object, read_object, read_text, read_value
 
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 ALIGNMENT = 8
+_ENTRY = re.compile(r"\{[^{}]{0,4000}\}")  # 64 dimensions take 1,300 characters; more would only cost memory
 
 DTYPE_BITS: Mapping[str, int] = {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -48,7 +51,7 @@ class TensorSpec(NamedTuple):
         return self.numel * DTYPE_BITS[self.dtype] // 8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredTensor:
     """A tensor inside a file; ``start`` is its absolute byte offset."""
 
@@ -85,12 +88,9 @@ def read_header(path: Path) -> Header:
         raise OmniConvertError(
             f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
         ) from error
-    entries, metadata = _parse_json(path, raw)
     data_start = 8 + len(raw)
-    tensors = {
-        name: StoredTensor(spec=spec, start=data_start + begin)
-        for name, (spec, begin) in _check_entries(path, entries, size - data_start).items()
-    }
+    tensors, metadata = _parse_json(path, raw, data_start, size)
+    _check_layout(path, tensors, data_start, size)
     return Header(
         path=path,
         tensors=tensors,
@@ -162,63 +162,63 @@ def _read_json_bytes(path: Path, file: BinaryIO, prefix: bytes, size: int) -> by
     return raw
 
 
-def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"the name {printable(name)} appears twice")
-        return found
+def _parse_json(path: Path, raw: bytes, data_start: int, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Every entry is checked as soon as it is read, so that a damaged header cannot take much memory."""
 
-    def constant(text: str) -> None:
-        raise ValueError(f"{text} is not JSON")
+    def read(name: str, text: str, place: int) -> tuple[Any, int]:
+        if name == "__metadata__":
+            return _read_metadata(path, text, place)
+        match = _ENTRY.match(text, place)
+        if not match:
+            raise _bad_tensor(path, name, text[place : place + 200], "an object with dtype, shape and data_offsets")
+        entry = match.group()
+        spec, begin = _check_entry(path, name, read_value(name, entry, 0)[0], size - data_start)
+        if "-" in entry:  # -0, which is an integer for Python alone
+            raise _bad_tensor(path, name, entry, "integers without a sign")
+        return StoredTensor(spec=spec, start=data_start + begin), match.end()
 
     try:
-        text = raw.decode()
-        entries = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-        if SURROGATE.search(text):  # legal JSON, but half of a pair is no text
-            json.dumps(entries, ensure_ascii=False).encode()
+        tensors = parse_object(raw.decode("utf-8"), read)
+        metadata = tensors.pop("__metadata__", {})
+        if _SURROGATE.search(raw):  # legal JSON, but half of a pair is no text
+            for text in (*tensors, *metadata, *metadata.values()):
+                text.encode()
     except (ValueError, RecursionError) as error:
         raise OmniConvertError(
             f"{path}: the header is not valid JSON ({str(error)[:200]}). The file is damaged: download it again."
         ) from error
-    if not isinstance(entries, dict):
-        raise OmniConvertError(f"{path}: the header is a JSON {type(entries).__name__}, expected an object.")
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    return tensors, metadata
+
+
+def _read_metadata(path: Path, text: str, place: int) -> tuple[dict[str, str], int]:
+    try:
+        return read_object(text, place, read_text)
+    except ValueError as error:
         raise OmniConvertError(
-            f"{path}: __metadata__ must map names to strings. Write the file again with safetensors."
-        )
-    return entries, metadata
+            f"{path}: __metadata__ does not map names to strings ({str(error)[:200]}). "
+            "Write the file again with safetensors."
+        ) from error
 
 
-def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> dict[str, tuple[TensorSpec, int]]:
-    parsed = {name: _check_entry(path, name, entry, data_size) for name, entry in entries.items()}
-    end = 0
-    for name, (spec, begin) in sorted(parsed.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
-        if begin != end:
-            kind = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
+def _check_layout(path: Path, tensors: Mapping[str, StoredTensor], data_start: int, size: int) -> None:
+    end = data_start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].spec.nbytes)):
+        if tensor.start != end:
+            kind = "overlaps the tensor before it" if tensor.start < end else "leaves a gap before it"
             raise OmniConvertError(
-                f"{path}: tensor {printable(name)} starts at byte {begin} of the data, expected {end}: it {kind}. "
-                "The file is damaged: download it again."
+                f"{path}: tensor {printable(name)} starts at byte {tensor.start - data_start} of the data, expected "
+                f"{end - data_start}: it {kind}. The file is damaged: download it again."
             )
-        end = begin + spec.nbytes
-    if end != data_size:
+        end += tensor.spec.nbytes
+    if end != size:
         raise OmniConvertError(
-            f"{path}: the tensors end at byte {end} of the data, but the data has {data_size} bytes. "
-            f"The file is {'truncated' if end > data_size else 'damaged'}: download it again."
+            f"{path}: the tensors end at byte {end - data_start} of the data, but the data has {size - data_start} "
+            "bytes. The file is damaged: download it again."
         )
-    return parsed
 
 
 def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int]:
-    def bad(found: object, expected: str) -> OmniConvertError:
-        return OmniConvertError(
-            f"{path}: tensor {printable(name)} has {printable(found)}, expected {expected}. "
-            "The file is damaged: download it again."
-        )
-
+    bad = partial(_bad_tensor, path, name)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise bad(entry, "an object with dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -241,6 +241,13 @@ def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Ten
     if bits % 8 or end - begin != bits // 8:
         raise bad(f"data_offsets {offsets!r}", f"{bits / 8:g} bytes for {dtype} {tuple(shape)}")
     return spec, begin
+
+
+def _bad_tensor(path: Path, name: str, found: object, expected: str) -> OmniConvertError:
+    return OmniConvertError(
+        f"{path}: tensor {printable(name)} has {printable(found)}, expected {expected}. "
+        "The file is damaged: download it again."
+    )
 
 
 def _natural(values: Iterable[object]) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import stat
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import Header, StoredTensor, read_header
+from omni_convert.formats.strict_json import parse_object, read_object, read_value
 
 CONFIG_NAME = "config.json"
 PIPELINE_INDEX = "model_index.json"
@@ -22,6 +25,7 @@ WEIGHT_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """Diffusers, Transformers."""
 INDEX_NAMES = tuple(f"{name}.index.json" for name in WEIGHT_NAMES)
 MAX_JSON_BYTES = 100_000_000
+_MAX_NESTED = 10_000
 
 _VARIANT = re.compile(r"^(diffusion_pytorch_model|model)\.[^.]+\.safetensors$")
 _PICKLE = re.compile(r"\.(bin|pt|pth|ckpt|pkl|pickle)$", re.IGNORECASE)
@@ -72,9 +76,9 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """``weight_map`` and ``metadata`` of an index; a file it names lies beside it.
 
     Raises:
-        OmniConvertError: damaged, or a name leads elsewhere.
+        OmniConvertError: damaged, a tensor is named twice, or a name leads elsewhere.
     """
-    index = read_json(path)
+    index = _parse(path, lambda text: parse_object(text, _read_member))
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
         raise OmniConvertError(
@@ -90,40 +94,78 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
                 f"{path}: places tensor {printable(tensor)} in {printable(name)}, expected the plain name of a "
                 ".safetensors file beside the index. The index is damaged or hostile: do not use it."
             )
+    _check_distinct(path, sorted(set(weight_map.values())))
     return weight_map, metadata
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """The JSON object in ``path``; of a name that appears twice the last, as every library reads a config.
 
     Raises:
         OmniConvertError: unreadable, too large, not JSON, or not an object.
     """
-    try:
-        size = path.stat().st_size
-        text = path.read_bytes() if size <= MAX_JSON_BYTES else b""
-    except OSError as error:
-        raise OmniConvertError(
-            f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
-        ) from error
-    if size > MAX_JSON_BYTES:
-        raise OmniConvertError(
-            f"{path}: found {size} bytes, expected at most {MAX_JSON_BYTES} for a JSON file. Download it again."
-        )
-    try:
-        data = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise OmniConvertError(f"{path}: is not valid JSON ({str(error)[:200]}). Download the file again.") from error
+    data = _parse(path, json.loads)
     if not isinstance(data, dict):
         raise OmniConvertError(f"{path}: found a JSON {type(data).__name__}, expected an object. Download it again.")
     return data
 
 
+def _parse(path: Path, parse: Callable[[str], Any]) -> Any:
+    raw = _read_bytes(path)
+    nested = raw.count(b"{") + raw.count(b"[")
+    if nested > _MAX_NESTED + len(raw) // 32:  # two bytes of them take sixty of memory
+        raise OmniConvertError(
+            f"{path}: found {nested} lists and objects in {len(raw)} bytes, expected text and numbers in them. "
+            "The file is damaged or hostile: do not use it."
+        )
+    try:
+        return parse(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise OmniConvertError(f"{path}: is not valid JSON ({str(error)[:200]}). Download the file again.") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    """What a JSON file holds, unless it is too much; a device or a pipe could go on for ever."""
+    try:
+        found = path.stat()
+        size = found.st_size
+        raw = path.read_bytes() if stat.S_ISREG(found.st_mode) and size <= MAX_JSON_BYTES else b""
+    except OSError as error:
+        raise OmniConvertError(
+            f"{path}: cannot be read ({error.strerror}). Check the path and its permissions."
+        ) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise OmniConvertError(f"{path}: is a folder or a special file, expected a JSON file. Remove it.")
+    if size > MAX_JSON_BYTES:
+        raise OmniConvertError(
+            f"{path}: found {size} bytes, expected at most {MAX_JSON_BYTES} for a JSON file. Download it again."
+        )
+    return raw
+
+
+def _read_member(name: str, text: str, place: int) -> tuple[Any, int]:
+    is_map = name == "weight_map" and text.startswith("{", place)
+    return read_object(text, place, read_value) if is_map else read_value(name, text, place)
+
+
+def _check_distinct(path: Path, names: Sequence[str]) -> None:
+    """Two files for Linux may be one where upper and lower case or ways to write an accent are the same."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            raise OmniConvertError(
+                f"{path}: names both {other!a} and {name!a}, which some file systems take for one file. "
+                "Rename the shards, also in the index."
+            )
+
+
 def is_plain_name(name: object) -> bool:
     """Whether ``name`` can name a file or folder right here, on any system: no path, printable, not too long."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(char in name for char in "/\\:"):
+    if not isinstance(name, str) or not name.isprintable() or len(name.encode()) > 255:
         return False
-    return name.isprintable() and len(name.encode()) <= 255
+    meant = unicodedata.normalize("NFKC", name)  # what some systems make of full-width dots and slashes
+    return meant not in ("", ".", "..") and not any(char in meant for char in "/\\:")
 
 
 def is_pickle(file_name: str) -> bool:

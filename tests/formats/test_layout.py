@@ -135,12 +135,13 @@ def test_check_sees_every_file_before_it_is_opened(sharded: Path) -> None:
         (b"\xff\xfe{}", "not valid JSON"),
         (b"{'a': 1}", "not valid JSON"),
         (b'{"a": 1', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
+        (b"[" * 9_000, "not valid JSON"),
+        (b"[" * 100_000, "100000 lists and objects"),
         (b'{"a": ' + b"1" * 10_000 + b"}", "not valid JSON"),
         (b"[]", "a JSON list"),
         (b"null", "a JSON NoneType"),
     ],
-    ids=["empty", "no UTF-8", "quotes", "cut off", "deep", "digits", "list", "null"],
+    ids=["empty", "no UTF-8", "quotes", "cut off", "deep", "very deep", "digits", "list", "null"],
 )
 def test_damaged_json(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "config.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile.malformed import BROKEN_JSON, FILE_NAMES, INDEX, SHARD
 from hostile.small import (
     QWEN_CONFIG,
     Tensor,
@@ -32,43 +33,6 @@ from hypothesis import strategies as st
 from omni_convert.converter.convert import convert
 from omni_convert.converter.inspect import inspect
 from omni_convert.formats.errors import OmniConvertError
-
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-SHARD = "diffusion_pytorch_model-00001-of-00002.safetensors"
-
-FILE_NAMES: dict[str, Any] = {
-    "parent": f"../{SHARD}",
-    "grandparent": "../../x.safetensors",
-    "parent in the middle": f"x/../../{SHARD}",
-    "absolute": "/etc/x.safetensors",
-    "subfolder": f"sub/{SHARD}",
-    "backslash": f"..\\{SHARD}",
-    "drive": "C:x.safetensors",
-    "home": "~/x.safetensors",
-    "NUL": "x\0.safetensors",
-    "empty": "",
-    "dot": ".",
-    "two dots": "..",
-    "another kind of file": "config.json",
-    "pickle": "model.bin",
-    "256 characters": "x" * 256 + ".safetensors",
-    "number": 1,
-    "null": None,
-    "list": [SHARD],
-    "object": {SHARD: 1},
-}
-
-BROKEN_JSON: dict[str, bytes] = {
-    "empty": b"",
-    "no JSON": b"weights",
-    "no UTF-8": b'{"a":"\xff"}',
-    "cut off": b'{"a": {',
-    "list": b"[]",
-    "text": b'"x"',
-    "null": b"null",
-    "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "digits": b'{"a":' + b"9" * 10_000 + b"}",
-}
 
 
 def refused(source: Path, *expected: object, components: tuple[str, ...] = ()) -> str:

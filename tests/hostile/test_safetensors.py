@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile.malformed import DATA, ENTRIES, GOOD, LENGTHS, METADATA, PAIRS, TENSOR_NAMES, TEXTS
 from hostile.small import entry, file_bytes
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -15,117 +19,7 @@ from safetensors import SafetensorError, deserialize
 
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import read_header
-
-GOOD = entry("U8", [4], 0, 4)
-DATA = b"\0" * 4
-
-LENGTHS = {
-    "empty": b"",
-    "7 bytes": b"\0" * 7,
-    "length 0": bytes(8),
-    "length 1": b"\1" + bytes(7) + b"{",
-    "length 2**63": bytes(7) + b"\x80" + b"{}",
-    "length 2**64 - 1": b"\xff" * 8 + b"{}",
-    "length over the limit": (100_000_001).to_bytes(8, "little") + b"{}",
-    "one byte short": file_bytes({"a": GOOD})[:-1],
-    "header without data": file_bytes({"a": GOOD}),
-    "data cut off": file_bytes({"a": GOOD}, DATA[:3]),
-    "data too long": file_bytes({"a": GOOD}, DATA + b"\0"),
-    "data but no tensor": file_bytes({}, b"\0"),
-}
-
-TEXTS = {
-    "no JSON": b"not json",
-    "no UTF-8": b'{"\xff\xfe":1}',
-    "UTF-16": '{"a":1}'.encode("utf-16"),
-    "byte order mark": b"\xef\xbb\xbf{}",
-    "cut off": b'{"a":{"dtype":"U8"',
-    "two values": b"{}{}",
-    "trailing comma": b'{"a":1,}',
-    "trailing zeros": b"{}\0\0\0\0\0\0",
-    "comment": b"{} // x",
-    "control character": b'{"a\nb":1}',
-    "deep list": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "deep object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
-    "nearly too deep": b'{"a":' + b"[" * 900 + b"]" * 900 + b"}",
-    "list": b"[]",
-    "string": b'"{}"',
-    "number": b"12",
-    "null": b"null",
-    "NaN": b'{"a":NaN}',
-    "Infinity": b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,Infinity]}}',
-    "-Infinity": b'{"a":-Infinity}',
-    "number of 10,000 digits": b'{"a":' + b"9" * 10_000 + b"}",
-    "duplicate tensor": f'{{"a":{json.dumps(GOOD)},"a":{json.dumps(GOOD)}}}'.encode(),
-    "duplicate field": b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}',
-    "duplicate metadata": b'{"__metadata__":{},"__metadata__":{}}',
-}
-
-ENTRIES = {
-    "null": None,
-    "number": 1,
-    "list": ["U8", [4], [0, 4]],
-    "empty": {},
-    "no dtype": {"shape": [4], "data_offsets": [0, 4]},
-    "no shape": {"dtype": "U8", "data_offsets": [0, 4]},
-    "no offsets": {"dtype": "U8", "shape": [4]},
-    "more fields": GOOD | {"extra": 1},
-    "dtype of no kind": entry("Q4_K", [4], 0, 4),
-    "dtype in lower case": entry("u8", [4], 0, 4),
-    "dtype null": entry(None, [4], 0, 4),
-    "dtype list": entry(["U8"], [4], 0, 4),
-    "dtype object": entry({"U8": 1}, [4], 0, 4),
-    "shape null": entry("U8", None, 0, 4),
-    "shape number": entry("U8", 4, 0, 4),
-    "shape text": entry("U8", "4", 0, 4),
-    "shape of text": entry("U8", ["4"], 0, 4),
-    "shape negative": entry("U8", [-4], 0, 4),
-    "shape negative twice": entry("U8", [-2, -2], 0, 4),
-    "shape bool": entry("U8", [True, 4], 0, 4),
-    "shape float": entry("U8", [4.0], 0, 4),
-    "shape null inside": entry("U8", [None], 0, 4),
-    "shape nested": entry("U8", [[4]], 0, 4),
-    "shape wrong": entry("U8", [5], 0, 4),
-    "shape of a wider dtype": entry("F32", [4], 0, 4),
-    "shape overflows to the right size": entry("U8", [2**62, 4, 2**62, 4], 0, 0),
-    "shape 2**63": entry("U8", [2**63], 0, 4),
-    "shape 2**64 + 4": entry("U8", [2**64 + 4], 0, 4),
-    "shape overflows beside a zero": entry("U8", [2**62, 2**62, 2**62, 0], 0, 0),
-    "shape with 100,000 dimensions": entry("U8", [1] * 100_000, 0, 4),
-    "half a byte": entry("F4", [7], 0, 4),
-    "offsets null": {"dtype": "U8", "shape": [4], "data_offsets": None},
-    "offsets of one": {"dtype": "U8", "shape": [4], "data_offsets": [4]},
-    "offsets of three": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4, 4]},
-    "offsets object": {"dtype": "U8", "shape": [4], "data_offsets": {"0": 0, "1": 4}},
-    "offsets reversed": entry("U8", [4], 4, 0),
-    "offsets negative": entry("U8", [4], -4, 0),
-    "offsets bool": entry("U8", [1], False, True),
-    "offsets float": entry("U8", [4], 0.0, 4.0),
-    "offsets out of range": entry("U8", [8], 0, 8),
-    "offsets huge": entry("U8", [4], 2**63, 2**63 + 4),
-    "offsets far out": entry("U8", [4], 2**62, 2**62 + 4),
-    "gap at the start": entry("U8", [3], 1, 4),
-    "gap at the end": entry("U8", [3], 0, 3),
-}
-
-PAIRS = {
-    "overlap": (entry("U8", [3], 0, 3), entry("U8", [3], 2, 4 + 1)),
-    "same bytes": (GOOD, GOOD),
-    "one inside the other": (GOOD, entry("U8", [2], 1, 3)),
-    "gap": (entry("U8", [1], 0, 1), entry("U8", [2], 2, 4)),
-    "empty tensor in the middle": (GOOD, entry("U8", [0], 2, 2)),
-    "empty tensor beyond the end": (GOOD, entry("U8", [0], 5, 5)),
-}
-
-METADATA = {
-    "null": None,
-    "list": ["a"],
-    "text": "pt",
-    "number inside": {"a": 1},
-    "null inside": {"a": None},
-    "object inside": {"a": {}},
-    "looks like a tensor": GOOD,
-}
+from omni_convert.formats.layout import read_index, read_json
 
 
 def write(folder: Path, data: bytes) -> Path:
@@ -195,6 +89,44 @@ def test_many_tensors_are_read_in_time(tmp_path: Path) -> None:
     started = time.perf_counter()
     assert len(read_header(write(tmp_path, file_bytes(header))).tensors) == 50_000
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("name", TENSOR_NAMES.values(), ids=TENSOR_NAMES)
+def test_any_text_is_a_name(tmp_path: Path, name: str) -> None:
+    """Also beside one that looks the same: names are compared code point by code point."""
+    data = file_bytes({name: GOOD, "blocks.0.ff.weight": entry("U8", [0], 4, 4)}, DATA)
+    header = read_header(write(tmp_path, data))
+    assert {*header.tensors} == {name, "blocks.0.ff.weight"} == {*dict(deserialize(data))}
+    refused(tmp_path, file_bytes({name: entry("U8", [5], 0, 5)}, DATA))
+
+
+MANY = 4_000_000
+DENSE = {
+    "lists": b'{"a":[' + b"[]," * (MANY // 3) + b"[]]}",
+    "objects": b'{"a":[' + b'{"":0},' * (MANY // 7) + b"0]}",
+    "text": b'{"a":[' + '"\u044f",'.encode() * (MANY // 5) + b"0]}",
+    "numbers": b'{"a":[' + b"1.5," * (MANY // 4) + b"0]}",
+    "names": b"{" + b",".join(b'"%x":1' % number for number in range(MANY // 9)) + b"}",
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%x":""' % number for number in range(MANY // 10)) + b"}}",
+    "metadata of lists": b'{"__metadata__":{"a":[' + b"[]," * (MANY // 3) + b"[]]}}",
+    "tensors": b"{"
+    + b",".join(b'"%x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % number for number in range(MANY // 53))
+    + b"}",
+    "dimensions": b'{"a":{"dtype":"U8","shape":[' + b"0," * (MANY // 2) + b'0],"data_offsets":[0,0]}}',
+    "brackets in a name": b'{"' + b"[" * MANY + b'":1}',
+}
+
+
+@pytest.mark.parametrize("read", [read_header, read_json, read_index])
+@pytest.mark.parametrize("text", DENSE.values(), ids=DENSE)
+def test_a_few_megabytes_take_little_memory(tmp_path: Path, text: bytes, read: Callable[[Path], object]) -> None:
+    path = write(tmp_path, file_bytes(text) if read is read_header else text)
+    tracemalloc.start()
+    with contextlib.suppress(OmniConvertError):
+        read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000_000
 
 
 def test_folder_and_absent_file(tmp_path: Path) -> None:
