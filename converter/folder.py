@@ -246,7 +246,7 @@ class OutputFolder:
             self._lock = None
 
     def _check_place(self) -> None:
-        source, out = self.plan.checkpoint.root.resolve(), self.path.resolve()
+        source, out = _real(self.plan.checkpoint.root), _real(self.path)
         if self.path.exists() and not self.path.is_dir():
             raise OmniConvertError(f"{self.path}: is a file, expected a folder to write into. Choose another name.")
         single = self.plan.checkpoint.kind == "file"
@@ -256,7 +256,7 @@ class OutputFolder:
                 "The source is never written to: choose a folder beside it."
             )
         for name in self.files:
-            folder = _existing_parent((self.path / name).parent).resolve()
+            folder = _real(_existing_parent((self.path / name).parent))
             if folder.is_relative_to(source) and not single:
                 raise OmniConvertError(f"{self.path / name}: leads into the source {source}. Choose an empty folder.")
 
@@ -320,7 +320,7 @@ class OutputFolder:
                         f"{item}: holds weights that this conversion would leave beside its own; engines could load "
                         "both. Remove the file, or choose another folder."
                     )
-        return [name for name in stale if (self.path / name).parent.resolve().is_relative_to(self.path.resolve())]
+        return [name for name in stale if _real((self.path / name).parent).is_relative_to(_real(self.path))]
 
 
 def _seal_names(plan: Plan) -> list[str]:
@@ -343,6 +343,11 @@ def _remove(path: Path) -> None:
     """Delete a file of ours; what is not there, or is a folder, is not ours."""
     with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         path.unlink()
+
+
+def _real(path: Path) -> Path:
+    """Without links; ``Path.resolve`` fails where they lead in circles."""
+    return Path(os.path.realpath(path))
 
 
 def _existing_parent(path: Path) -> Path:

@@ -234,7 +234,7 @@ def _structure_problems(
     for name, decision in decisions.items():
         layer = name.removesuffix(".weight")
         if decision["action"] == "keep":
-            if name in specs and layer in quantized:
+            if name != layer and name in specs and layer in quantized:
                 yield f"{name}: is quantized, expected it kept ({decision['why']})."
             continue
         fmt = formats[layer]

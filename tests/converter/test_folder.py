@@ -72,6 +72,12 @@ def test_output_that_leads_into_the_source_through_a_link(source: Path, tmp_path
     refused(source, tmp_path / "out", "leads into the source", overwrite=True)
 
 
+def test_output_that_is_a_circle_of_links(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OmniConvertError, match=r"out: "):
+        to_int8(source, tmp_path / "out")
+
+
 def test_output_is_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     refused(source, tmp_path / "out", "is a file", "expected a folder")

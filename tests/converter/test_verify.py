@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conversions import own_failures
-from hostile.small import read_json, to_bits, write_json, write_model, write_pipeline
+from hostile.small import random, read_json, to_bits, write_json, write_model, write_pipeline
 
 from omni_convert.converter.convert import convert
 from omni_convert.converter.hashes import file_sha256
@@ -303,3 +303,9 @@ def test_a_component_that_is_gone_is_a_failed_check(tmp_path: Path, name: str) -
         (check,) = [check for check in own_failures(result) if check.name != "files"]
         assert check.name == f"{name} headers"
         assert f"{out / name}: found no folder" in check.problems[0]
+
+
+def test_tensor_that_is_called_like_a_layer(tmp_path: Path) -> None:
+    tensors = {"a.weight": random(8, 8), "a": random(8)}
+    convert(write_model(tmp_path / "model", {}, tensors), tmp_path / "out", method="int8")
+    assert verify(tmp_path / "out", source=tmp_path / "model").ok
