@@ -80,7 +80,7 @@ class View:
 
     def group(self, tensor: str) -> str | None:
         """The engine's name of several layers that are quantized together, one of them this tensor's; else None."""
-        runtime = self.runtime_name(tensor.removesuffix(".weight"))
+        runtime = self.runtime_names[tensor.removesuffix(".weight")]
         return runtime if len(self.peers.get(runtime, ())) > 1 else None
 
     def fuses(self, layer: str) -> bool:
@@ -89,19 +89,27 @@ class View:
 
     def scale_group(self, tensor: str) -> str | None:
         """What the engine fuses this tensor's layer into; None if it stands alone."""
-        group = self.table.group(tensor.removesuffix(".weight")) if self.table else None
+        group = self.fused_groups.get(tensor.removesuffix(".weight"))
         return group[0] if group else None
 
-    def runtime_name(self, layer: str) -> str:
-        """The name by which the engine decides whether a layer is quantized."""
-        return self.table.runtime_name(layer) if self.table else layer
+    @cached_property
+    def runtime_names(self) -> Mapping[str, str]:
+        """Every tensor's layer -> the name by which the engine decides whether it is quantized."""
+        layers = (name.removesuffix(".weight") for name, _, _ in self.component.tensors())
+        return {layer: self.table.runtime_name(layer) if self.table else layer for layer in layers}
+
+    @cached_property
+    def fused_groups(self) -> Mapping[str, tuple[str, Sequence[str]]]:
+        """Every tensor's layer that is part of a fused matrix -> that matrix, and all of its parts."""
+        found = ((layer, self.table.group(layer)) for layer in self.runtime_names) if self.table else ()
+        return {layer: group for layer, group in found if group}
 
     @cached_property
     def peers(self) -> Mapping[str, Sequence[str]]:
         """The engine's name -> the layers that it stands for."""
         peers: dict[str, list[str]] = defaultdict(list)
         for layer in self.layers:
-            peers[self.runtime_name(layer)].append(layer)
+            peers[self.runtime_names[layer]].append(layer)
         return peers
 
     def check_target(self) -> None:
@@ -217,12 +225,15 @@ class View:
     def _uneven_layers(self) -> frozenset[str]:
         """Members of fused matrices in which a block of rows would belong to two: engines cannot cut a scale."""
         uneven: set[str] = set()
+        together = self.config.format.rows_per_scale
+        if self.table is None or together == 1:
+            return frozenset()
         for name, tensor, _ in self.component.tensors():
-            layer, together = name.removesuffix(".weight"), self.config.format.rows_per_scale
-            group = self.table.group(layer) if self.table else None
+            layer = name.removesuffix(".weight")
+            group = self.fused_groups.get(layer)
             if group and layer != group[1][-1] and tensor.spec.shape[0] % together:
                 uneven.update(group[1])
-            count = self.table.merged(layer) if self.table else 1
+            count = self.table.merged(layer)
             if count > 1 and tensor.spec.shape[0] // count % together:
                 uneven.add(layer)
         return frozenset(uneven)
@@ -233,7 +244,7 @@ class View:
         So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
         """
         pattern, named = self._patterns[text]
-        runtime = self.runtime_name(layer)
+        runtime = self.runtime_names[layer]
         return pattern.matches(layer if runtime in named else runtime)
 
     @cached_property
@@ -278,7 +289,7 @@ class View:
     def _check_complete(self) -> None:
         known = set(self.layers)
         for layer in self.layers:
-            group = self.table.group(layer) if self.table else None
+            group = self.fused_groups.get(layer)
             if group and (missing := [member for member in group[1] if member not in known]):
                 raise OmniConvertError(
                     f"{self.component.folder}: holds {layer} but not {missing[0]}, expected both: they are parts of "
@@ -300,7 +311,7 @@ class View:
         Of all kept layers, they alone tell a loader which linears to build quantized; names that match nothing do no
         harm.
         """
-        return {name for layer in layers for name in (layer, self.runtime_name(layer))}
+        return {name for layer in layers for name in (layer, self.runtime_names[layer])}
 
 
 def _method(fmt: Format | None) -> str:
@@ -312,8 +323,9 @@ def holds_experts(name: str, spec: TensorSpec) -> bool:
     shape = spec.shape
     if len(shape) < 2 or spec.dtype not in FLOAT_DTYPES or name.endswith("bias"):
         return False
-    stack = len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= _NO_KERNEL
-    return stack or "experts" in name.split(".")
+    if len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= _NO_KERNEL:
+        return True
+    return "experts" in name and "experts" in name.split(".")
 
 
 _NO_KERNEL = 32

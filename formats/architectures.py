@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 
@@ -166,6 +166,7 @@ class Architecture:
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _NUMBER_SIGN = re.compile(r"(?<![^.])N(?![^.])")
+_INNER_NUMBER = re.compile(r"\.\d+(?![^.])")
 
 _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
     (
@@ -188,6 +189,12 @@ _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
 
 def guess_role(layer: str) -> Role:
     """For unknown classes: a matrix is a linear unless its name gives it the role of something else."""
+    return _guess_role(_INNER_NUMBER.sub(".0", layer))
+
+
+@lru_cache(maxsize=1024)
+def _guess_role(layer: str) -> Role:
+    """No pattern looks at a number that is a whole part of a name, unless it is the first part."""
     for role, pattern in _HEURISTIC:
         match = pattern.search(layer)
         if match:

@@ -44,7 +44,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Ten
         raise bad(f"dtype {dtype!r}", f"one of {', '.join(DTYPE_BITS)}")
     if not isinstance(shape, list) or len(shape) > 64 or not _natural(shape):
         raise bad(f"shape {shape!r}", "a list of at most 64 non-negative integers")
-    if math.prod(size for size in shape if size) >= 2**63:  # also beside a zero, which would hide it
+    if math.prod(filter(None, shape)) >= 2**63:  # also beside a zero, which would hide it
         raise bad(f"shape {shape!r}", "fewer than 2**63 elements")
     if not isinstance(offsets, list) or len(offsets) != 2 or not _natural(offsets):
         raise bad(f"data_offsets {offsets!r}", "two non-negative integers")

@@ -231,3 +231,8 @@ def test_heuristic(layer: str, role: str | None) -> None:
     found = guess_role(layer)
     assert found.is_linear == (role is None)
     assert found.reason.startswith(role or "2-D weight")
+
+
+def test_heuristic_quotes_numbers_as_they_are() -> None:
+    assert guess_role("12.head.3").reason == "output-head role ('12.head' in its name)"
+    assert guess_role("blocks.12.norm.3").reason == "norm role ('norm' in its name)"
