@@ -11,14 +11,14 @@ from functools import cached_property
 from omni_convert.converter.checkpoint import Component
 from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
-from omni_convert.formats.architectures import Architecture, guess_role
+from omni_convert.formats.architectures import Architecture, Layer, guess_role
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
 from omni_convert.formats.patterns import Pattern
 from omni_convert.formats.quant_config import NONE
-from omni_convert.formats.target import TARGETS, Target, find_target, format_kind, kind_flags
+from omni_convert.formats.target import TARGETS, Rule, Target, find_target, format_kind, kind_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class View:
 
     def fuses(self, layer: str) -> bool:
         """Whether the engine runs the layer as a part of a larger matrix, or as several matrices in one."""
-        return self.table is not None and self.table.is_fused(layer)
+        return layer in self.described and self.described[layer].is_fused()
 
     def scale_group(self, tensor: str) -> str | None:
         """What the engine fuses this tensor's layer into; None if it stands alone."""
@@ -93,16 +93,23 @@ class View:
         return group[0] if group else None
 
     @cached_property
+    def described(self) -> Mapping[str, Layer]:
+        """Every tensor's layer as the table describes it; empty if there is no table."""
+        layers = (name.removesuffix(".weight") for name, _, _ in self.component.tensors())
+        return {layer: self.table.layer(layer) for layer in layers} if self.table else {}
+
+    @cached_property
     def runtime_names(self) -> Mapping[str, str]:
         """Every tensor's layer -> the name by which the engine decides whether it is quantized."""
-        layers = (name.removesuffix(".weight") for name, _, _ in self.component.tensors())
-        return {layer: self.table.runtime_name(layer) if self.table else layer for layer in layers}
+        if not self.table:
+            return {layer: layer for layer in (name.removesuffix(".weight") for name, _, _ in self.component.tensors())}
+        return {layer: description.runtime_name() for layer, description in self.described.items()}
 
     @cached_property
     def fused_groups(self) -> Mapping[str, tuple[str, Sequence[str]]]:
         """Every tensor's layer that is part of a fused matrix -> that matrix, and all of its parts."""
-        found = ((layer, self.table.group(layer)) for layer in self.runtime_names) if self.table else ()
-        return {layer: group for layer, group in found if group}
+        groups = {layer: description.group() for layer, description in self.described.items()}
+        return {layer: group for layer, group in groups.items() if group}
 
     @cached_property
     def peers(self) -> Mapping[str, Sequence[str]]:
@@ -180,7 +187,7 @@ class View:
             return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
         wanted = self._wanted(layer)
         fmt = wanted.format or self.config.format
-        role = self.table.role(layer, fmt.name) if self.table else guess_role(layer)
+        role = self.described[layer].role(fmt.name) if self.table else guess_role(layer)
         if not role.is_linear:
             return keep(role.reason)
         if not self.table and layer in self._read_by_attention:
@@ -202,11 +209,16 @@ class View:
         for pattern in self.config.ignored_layers:
             if self._matches(pattern, layer):
                 return Decision(format=None, reason=f"--ignore {pattern}")
-        kept = self.target.kept_rule(self.architecture, self.kind, layer) if self.recipe.default_ignore else None
-        if kept:
-            reason = f"kept by default with {self.config.format.name}: {kept.reason}"
-            return Decision(format=None, reason=reason)
+        for kept in self._kept_rules:
+            if re.search(kept.layers, layer):
+                reason = f"kept by default with {self.config.format.name}: {kept.reason}"
+                return Decision(format=None, reason=reason)
         return Decision(format=self.config.format, reason="")
+
+    @cached_property
+    def _kept_rules(self) -> Sequence[Rule]:
+        """What the target keeps by default, unless it was asked not to."""
+        return self.target.kept_rules(self.architecture, self.kind) if self.recipe.default_ignore else ()
 
     @property
     def _merged_experts(self) -> str:
@@ -233,7 +245,7 @@ class View:
             group = self.fused_groups.get(layer)
             if group and layer != group[1][-1] and tensor.spec.shape[0] % together:
                 uneven.update(group[1])
-            count = self.table.merged(layer)
+            count = self.described[layer].merged()
             if count > 1 and tensor.spec.shape[0] // count % together:
                 uneven.add(layer)
         return frozenset(uneven)

@@ -126,12 +126,12 @@ class Plan:
         for component in self.components:
             yield from component.tensors()
 
-    @property
+    @cached_property
     def bytes_before(self) -> int:
         """Tensor bytes of the quantized components, as stored in the source."""
         return sum(tensor.source.spec.nbytes for tensor in self.tensors())
 
-    @property
+    @cached_property
     def bytes_after(self) -> int:
         return sum(tensor.bytes_after for tensor in self.tensors())
 

@@ -85,7 +85,7 @@ def read_header(path: Path) -> Header:
     data_start = 8 + len(raw)
     tensors = {
         name: StoredTensor(spec=spec, start=data_start + begin)
-        for name, (spec, begin) in _check_entries(path, entries, size - data_start).items()
+        for name, (spec, begin, _) in _check_entries(path, entries, size - data_start).items()
     }
     return Header(
         path=path,
@@ -188,17 +188,17 @@ def _parse_json(path: Path, raw: bytes) -> tuple[dict[str, Any], dict[str, str]]
     return entries, metadata
 
 
-def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> dict[str, tuple[TensorSpec, int]]:
+def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> dict[str, tuple[TensorSpec, int, int]]:
     parsed = {name: _check_entry(path, name, entry, data_size) for name, entry in entries.items()}
     end = 0
-    for name, (spec, begin) in sorted(parsed.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+    for name, (_, begin, stop) in sorted(parsed.items(), key=lambda item: item[1][1:]):
         if begin != end:
             kind = "overlaps the tensor before it" if begin < end else "leaves a gap before it"
             raise OmniConvertError(
                 f"{path}: tensor {printable(name)} starts at byte {begin} of the data, expected {end}: it {kind}. "
                 "The file is damaged: download it again."
             )
-        end = begin + spec.nbytes
+        end = stop
     if end != data_size:
         raise OmniConvertError(
             f"{path}: the tensors end at byte {end} of the data, but the data has {data_size} bytes. "
@@ -207,7 +207,9 @@ def _check_entries(path: Path, entries: Mapping[str, Any], data_size: int) -> di
     return parsed
 
 
-def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int]:
+def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[TensorSpec, int, int]:
+    """What an entry says, and where its bytes begin and end in the data."""
+
     def bad(found: object, expected: str) -> OmniConvertError:
         return OmniConvertError(
             f"{path}: tensor {printable(name)} has {printable(found)}, expected {expected}. "
@@ -235,7 +237,7 @@ def _check_entry(path: Path, name: str, entry: Any, data_size: int) -> tuple[Ten
     bits = spec.numel * DTYPE_BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         raise bad(f"data_offsets {offsets!r}", f"{bits / 8:g} bytes for {dtype} {tuple(shape)}")
-    return spec, begin
+    return spec, begin, end
 
 
 def _natural(values: Iterable[object]) -> bool:
