@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -216,14 +219,15 @@ def convert(
     from omni_convert.converter.recipe import parse_block_size, read_input_scales, read_recipe
 
     started = time.perf_counter()
-    planned = plan(
-        model, method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
-        block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
-        scale_rule=scale_rule, quality=quality, fused_scale=fused_scale, layers=layers, ignore=ignore,
-        ignore_whole_group=ignore_whole_group,
-        components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
-        target=target, default_ignore=not no_default_ignore,
-    )  # fmt: skip
+    with _uncollected():
+        planned = plan(
+            model, method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
+            block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
+            scale_rule=scale_rule, quality=quality, fused_scale=fused_scale, layers=layers, ignore=ignore,
+            ignore_whole_group=ignore_whole_group,
+            components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
+            target=target, default_ignore=not no_default_ignore,
+        )  # fmt: skip
     for warning in planned.warnings:
         click.echo(f"Warning: {warning}", err=True)
     for label in [format_label(fmt) for fmt in planned.recipe.formats if fmt.quality != "fast" and not fmt.is_searched]:
@@ -274,6 +278,17 @@ def verify(out: Path, source: Path | None, as_json: bool) -> None:
     _print(result.to_dict() if as_json else result.to_text())
     if not result.ok:
         sys.exit(1)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """For a plan: some hundred objects to a tensor, none of them garbage, which collections would walk in vain."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _print(result: str | dict[str, Any]) -> None:

@@ -11,14 +11,14 @@ from functools import cached_property
 from omni_convert.converter.checkpoint import Component
 from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
-from omni_convert.formats.architectures import Architecture, guess_role
+from omni_convert.formats.architectures import Architecture, Layer, guess_role
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
 from omni_convert.formats.patterns import Pattern
 from omni_convert.formats.quant_config import NONE
-from omni_convert.formats.target import TARGETS, Target, find_target, format_kind, kind_flags
+from omni_convert.formats.target import TARGETS, Rule, Target, find_target, format_kind, kind_flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +80,43 @@ class View:
 
     def group(self, tensor: str) -> str | None:
         """The engine's name of several layers that are quantized together, one of them this tensor's; else None."""
-        runtime = self.runtime_name(tensor.removesuffix(".weight"))
+        runtime = self.runtime_names[tensor.removesuffix(".weight")]
         return runtime if len(self.peers.get(runtime, ())) > 1 else None
 
     def fuses(self, layer: str) -> bool:
         """Whether the engine runs the layer as a part of a larger matrix, or as several matrices in one."""
-        return self.table is not None and self.table.is_fused(layer)
+        return layer in self.described and self.described[layer].is_fused()
 
     def scale_group(self, tensor: str) -> str | None:
         """What the engine fuses this tensor's layer into; None if it stands alone."""
-        group = self.table.group(tensor.removesuffix(".weight")) if self.table else None
+        group = self.fused_groups.get(tensor.removesuffix(".weight"))
         return group[0] if group else None
 
-    def runtime_name(self, layer: str) -> str:
-        """The name by which the engine decides whether a layer is quantized."""
-        return self.table.runtime_name(layer) if self.table else layer
+    @cached_property
+    def described(self) -> Mapping[str, Layer]:
+        """Every tensor's layer as the table describes it; empty if there is no table."""
+        layers = (name.removesuffix(".weight") for name, _, _ in self.component.tensors())
+        return {layer: self.table.layer(layer) for layer in layers} if self.table else {}
+
+    @cached_property
+    def runtime_names(self) -> Mapping[str, str]:
+        """Every tensor's layer -> the name by which the engine decides whether it is quantized."""
+        if not self.table:
+            return {layer: layer for layer in (name.removesuffix(".weight") for name, _, _ in self.component.tensors())}
+        return {layer: description.runtime_name() for layer, description in self.described.items()}
+
+    @cached_property
+    def fused_groups(self) -> Mapping[str, tuple[str, Sequence[str]]]:
+        """Every tensor's layer that is part of a fused matrix -> that matrix, and all of its parts."""
+        groups = {layer: description.group() for layer, description in self.described.items()}
+        return {layer: group for layer, group in groups.items() if group}
 
     @cached_property
     def peers(self) -> Mapping[str, Sequence[str]]:
         """The engine's name -> the layers that it stands for."""
         peers: dict[str, list[str]] = defaultdict(list)
         for layer in self.layers:
-            peers[self.runtime_name(layer)].append(layer)
+            peers[self.runtime_names[layer]].append(layer)
         return peers
 
     def check_target(self) -> None:
@@ -172,7 +187,7 @@ class View:
             return keep(f"{len(spec.shape)}-D, a linear weight is 2-D")
         wanted = self._wanted(layer)
         fmt = wanted.format or self.config.format
-        role = self.table.role(layer, fmt.name) if self.table else guess_role(layer)
+        role = self.described[layer].role(fmt.name) if self.table else guess_role(layer)
         if not role.is_linear:
             return keep(role.reason)
         if not self.table and layer in self._read_by_attention:
@@ -194,11 +209,16 @@ class View:
         for pattern in self.config.ignored_layers:
             if self._matches(pattern, layer):
                 return Decision(format=None, reason=f"--ignore {pattern}")
-        kept = self.target.kept_rule(self.architecture, self.kind, layer) if self.recipe.default_ignore else None
-        if kept:
-            reason = f"kept by default with {self.config.format.name}: {kept.reason}"
-            return Decision(format=None, reason=reason)
+        for kept in self._kept_rules:
+            if re.search(kept.layers, layer):
+                reason = f"kept by default with {self.config.format.name}: {kept.reason}"
+                return Decision(format=None, reason=reason)
         return Decision(format=self.config.format, reason="")
+
+    @cached_property
+    def _kept_rules(self) -> Sequence[Rule]:
+        """What the target keeps by default, unless it was asked not to."""
+        return self.target.kept_rules(self.architecture, self.kind) if self.recipe.default_ignore else ()
 
     @property
     def _merged_experts(self) -> str:
@@ -217,12 +237,15 @@ class View:
     def _uneven_layers(self) -> frozenset[str]:
         """Members of fused matrices in which a block of rows would belong to two: engines cannot cut a scale."""
         uneven: set[str] = set()
+        together = self.config.format.rows_per_scale
+        if self.table is None or together == 1:
+            return frozenset()
         for name, tensor, _ in self.component.tensors():
-            layer, together = name.removesuffix(".weight"), self.config.format.rows_per_scale
-            group = self.table.group(layer) if self.table else None
+            layer = name.removesuffix(".weight")
+            group = self.fused_groups.get(layer)
             if group and layer != group[1][-1] and tensor.spec.shape[0] % together:
                 uneven.update(group[1])
-            count = self.table.merged(layer) if self.table else 1
+            count = self.described[layer].merged()
             if count > 1 and tensor.spec.shape[0] // count % together:
                 uneven.add(layer)
         return frozenset(uneven)
@@ -233,7 +256,7 @@ class View:
         So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
         """
         pattern, named = self._patterns[text]
-        runtime = self.runtime_name(layer)
+        runtime = self.runtime_names[layer]
         return pattern.matches(layer if runtime in named else runtime)
 
     @cached_property
@@ -278,7 +301,7 @@ class View:
     def _check_complete(self) -> None:
         known = set(self.layers)
         for layer in self.layers:
-            group = self.table.group(layer) if self.table else None
+            group = self.fused_groups.get(layer)
             if group and (missing := [member for member in group[1] if member not in known]):
                 raise OmniConvertError(
                     f"{self.component.folder}: holds {layer} but not {missing[0]}, expected both: they are parts of "
@@ -300,7 +323,7 @@ class View:
         Of all kept layers, they alone tell a loader which linears to build quantized; names that match nothing do no
         harm.
         """
-        return {name for layer in layers for name in (layer, self.runtime_name(layer))}
+        return {name for layer in layers for name in (layer, self.runtime_names[layer])}
 
 
 def _method(fmt: Format | None) -> str:
@@ -312,8 +335,9 @@ def holds_experts(name: str, spec: TensorSpec) -> bool:
     shape = spec.shape
     if len(shape) < 2 or spec.dtype not in FLOAT_DTYPES or name.endswith("bias"):
         return False
-    stack = len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= _NO_KERNEL
-    return stack or "experts" in name.split(".")
+    if len(shape) == 3 and shape[0] > 1 and min(shape[1:]) >= _NO_KERNEL:
+        return True
+    return "experts" in name and "experts" in name.split(".")
 
 
 _NO_KERNEL = 32

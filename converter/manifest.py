@@ -89,11 +89,12 @@ def _stat(path: Path) -> dict[str, Any]:
 
 def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, str], LayerError]) -> dict[str, Any]:
     tensors: dict[str, Any] = {}
+    unnamed = (usual, usual.fused())
     for tensor in part.tensors():
         decision = tensor.decision
         entry: dict[str, Any] = {"action": decision.format.name if decision.format else "keep", "why": decision.reason}
         if decision.format:
-            if decision.format not in (usual, usual.fused()):
+            if decision.format not in unnamed:
                 entry["format"] = format_label(decision.format)
             error = errors[part.component.name, tensor.layer]
             entry["sqnr_db"] = round(error.sqnr_db, 2) if math.isfinite(error.sqnr_db) else None

@@ -17,12 +17,13 @@ from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
 from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
-from omni_convert.formats.patterns import Pattern
+from omni_convert.formats.patterns import Pattern, parts_of_names
 
-_QUANTIZED_NAME = re.compile(
-    r"(^|\.)(weight_scale|weight_scale_inv|weight_scale_2|weight_dual_scale|weight_packed|qweight|qzeros|scales|"
-    r"wscales|weight_zero_point|input_scale|mul_scale|pre_quant_scale|quant_state|SCB|absmax)$"
-)
+_QUANTIZED_SUFFIXES = {
+    "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_dual_scale", "weight_packed", "qweight", "qzeros",
+    "scales", "wscales", "weight_zero_point", "input_scale", "mul_scale", "pre_quant_scale", "quant_state", "SCB",
+    "absmax",
+}  # fmt: skip
 _CODE_DTYPES = re.compile(r"F8_|F4|F6_")
 _CODES_OF_A_WEIGHT = ("I8", "U8")
 
@@ -134,12 +135,12 @@ class Plan:
             for shard in part.shards
         }
 
-    @property
+    @cached_property
     def bytes_before(self) -> int:
         """Tensor bytes of the quantized components, as stored in the source."""
         return sum(tensor.source.spec.nbytes for tensor in self.tensors())
 
-    @property
+    @cached_property
     def bytes_after(self) -> int:
         return sum(tensor.bytes_after for tensor in self.tensors())
 
@@ -194,8 +195,8 @@ def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> Co
     names = {*view.engine_names(kept), *encoder}
     if part.quantization.format.ignores_parts:
         quantized = view.engine_names(tensor.layer for tensor in part.tensors() if tensor.decision.format)
-        text = "\n".join(quantized)
-        names = {exact_pattern(name) if name in text else name for name in names}
+        parts = parts_of_names(names, quantized)
+        names = {exact_pattern(name) if name in parts else name for name in names}
         names.update(view.table.other_stages if view.table else ())
     ignored = tuple(sorted(names, key=natural_key))
     return replace(part, quantization=replace(part.quantization, ignored_layers=ignored))
@@ -204,6 +205,8 @@ def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> Co
 def _check_patterns(views: Sequence[View], recipe: Recipe) -> None:
     """Every pattern must mean a layer of some component that it was given for."""
     for name, config in recipe.parts.items():
+        if not config.ignored_layers and not config.layers:
+            continue
         own = [view for view in views if recipe.part(view.component.name) is config]
         names = sorted({known for view in own for known in view.names})
 
@@ -307,7 +310,7 @@ def _refuse_quantized(component: Component) -> None:
     for name, tensor, shard in component.tensors():
         dtype = tensor.spec.dtype
         is_codes = _CODE_DTYPES.match(dtype) or (dtype in _CODES_OF_A_WEIGHT and name.endswith(".weight"))
-        if is_codes or _QUANTIZED_NAME.search(name):
+        if is_codes or name.rpartition(".")[2] in _QUANTIZED_SUFFIXES:
             raise OmniConvertError(
                 f"{shard.path}: the source is already quantized (tensor {printable(name)} holds {tensor.spec.dtype} "
                 f"{tensor.spec.shape}), expected BF16, FP16 or FP32 weights. {remedy}"
@@ -356,6 +359,8 @@ def _written_config(wanted: QuantizationConfig, tensors: Iterable[TensorPlan]) -
 
 def _check_scale_names(views: Sequence[View], recipe: Recipe) -> None:
     """Every recorded scale belongs to a layer."""
+    if not recipe.input_scales:
+        return
     layers = {name for view in views for name in view.names}
     layers |= {f"{view.component.name}.{name}" for view in views for name in view.names}
     for name in recipe.input_scales:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 
@@ -65,6 +65,8 @@ class _Place(NamedTuple):
 
     def filled(self, name: str) -> str:
         """``name`` of the table below the same prefix, with the same numbers."""
+        if not self.numbers:
+            return f"{self.prefix}.{name}"
         numbers = iter(self.numbers)
         return f"{self.prefix}.{_NUMBER_SIGN.sub(lambda _: next(numbers), name)}"
 
@@ -106,11 +108,9 @@ class Architecture:
     other_stages: Sequence[str] = ()
     text_encoder: TextEncoder | None = None
 
-    def role(self, layer: str, method: str) -> Role:
-        for place in self._places(layer):
-            if place.name in place.block.members and (not place.block.methods or method in place.block.methods):
-                return Role(True, f"linear of {self.name}")
-        return Role(False, f"not a quantizable linear of {self.name}")
+    def layer(self, name: str) -> Layer:
+        """What this description says of a layer, by its name in the checkpoint."""
+        return Layer(self, name, tuple(self._places(name)))
 
     def is_class(self, config: Mapping[str, object], pipeline: str | None) -> bool:
         """Whether a model's config and its pipeline's class are of this variant."""
@@ -123,36 +123,10 @@ class Architecture:
 
     def describes(self, layers: Collection[str]) -> bool:
         """Whether no other class has these names, and every linear of the table occurs in some block."""
+        if not self.unique:
+            return False
         found = {place.name for layer in layers for place in self._places(layer)}
-        return self.unique and all(found.issuperset(block.members) for block in self.blocks)
-
-    def group(self, layer: str) -> tuple[str, tuple[str, ...]] | None:
-        """The fused matrix that ``layer`` is part of, below the checkpoint's prefix, and its member layers."""
-        for place in self._places(layer):
-            group = place.block.group_of.get(place.name)
-            if group:
-                return place.filled(group), tuple(map(place.filled, place.block.fused[group]))
-        return None
-
-    def is_fused(self, layer: str) -> bool:
-        """Whether the engine makes one matrix of ``layer`` and others, or takes it for several matrices."""
-        places = self._places(layer)
-        return any(place.name in place.block.group_of or place.name in place.block.merged for place in places)
-
-    def merged(self, layer: str) -> int:
-        """How many matrices of equal height the engine takes ``layer`` for."""
-        return max((place.block.merged.get(place.name, 1) for place in self._places(layer)), default=1)
-
-    def runtime_name(self, layer: str) -> str:
-        """What the engine calls the layer, or the fused matrix that it is part of: names in ``ignored_layers``."""
-        name = layer
-        for place in self._places(layer):
-            group = place.block.group_of.get(place.name, place.name)
-            if group in place.block.renamed or place.name in place.block.members:
-                name = place.filled(place.block.renamed.get(group, group))
-                break
-        found, put = self.runtime_prefix
-        return put + name.removeprefix(found) if name.startswith(found) else name
+        return all(found.issuperset(block.members) for block in self.blocks)
 
     def _places(self, layer: str) -> Iterator[_Place]:
         for block in self.blocks:
@@ -164,8 +138,50 @@ class Architecture:
                 yield _Place(block, match[1], name, _NUMBER.findall(match[2]))
 
 
+class Layer(NamedTuple):
+    """One layer as an architecture describes it; what several blocks say of it counts in their order."""
+
+    architecture: Architecture
+    name: str
+    places: Sequence[_Place]
+
+    def role(self, method: str) -> Role:
+        for place in self.places:
+            if place.name in place.block.members and (not place.block.methods or method in place.block.methods):
+                return Role(True, f"linear of {self.architecture.name}")
+        return Role(False, f"not a quantizable linear of {self.architecture.name}")
+
+    def group(self) -> tuple[str, tuple[str, ...]] | None:
+        """The fused matrix that it is part of, below the checkpoint's prefix, and its member layers."""
+        for place in self.places:
+            group = place.block.group_of.get(place.name)
+            if group:
+                return place.filled(group), tuple(map(place.filled, place.block.fused[group]))
+        return None
+
+    def is_fused(self) -> bool:
+        """Whether the engine makes one matrix of it and others, or takes it for several matrices."""
+        return any(place.name in place.block.group_of or place.name in place.block.merged for place in self.places)
+
+    def merged(self) -> int:
+        """How many matrices of equal height the engine takes it for."""
+        return max((place.block.merged.get(place.name, 1) for place in self.places), default=1)
+
+    def runtime_name(self) -> str:
+        """What the engine calls it, or the fused matrix that it is part of: names in ``ignored_layers``."""
+        name = self.name
+        for place in self.places:
+            group = place.block.group_of.get(place.name, place.name)
+            if group in place.block.renamed or place.name in place.block.members:
+                name = place.filled(place.block.renamed.get(group, group))
+                break
+        found, put = self.architecture.runtime_prefix
+        return put + name.removeprefix(found) if name.startswith(found) else name
+
+
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _NUMBER_SIGN = re.compile(r"(?<![^.])N(?![^.])")
+_INNER_NUMBER = re.compile(r"\.\d+(?![^.])")
 
 _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
     (
@@ -188,6 +204,12 @@ _HEURISTIC: Sequence[tuple[str, re.Pattern[str]]] = (
 
 def guess_role(layer: str) -> Role:
     """For unknown classes: a matrix is a linear unless its name gives it the role of something else."""
+    return _guess_role(_INNER_NUMBER.sub(".0", layer))
+
+
+@lru_cache(maxsize=1024)
+def _guess_role(layer: str) -> Role:
+    """No pattern looks at a number that is a whole part of a name, unless it is the first part."""
     for role, pattern in _HEURISTIC:
         match = pattern.search(layer)
         if match:

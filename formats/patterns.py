@@ -4,9 +4,31 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from omni_convert.formats.errors import UsageError
+
+_CORE = 8
+
+
+def parts_of_names(candidates: Collection[str], names: Collection[str]) -> set[str]:
+    """Those of ``candidates`` that are a part of any of ``names``: anywhere, also within a word.
+
+    What lies between the dots of a candidate must lie between dots of the name, so that only few are compared.
+    """
+    by_core: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for candidate in candidates:
+        by_core[tuple(candidate.split(".")[1:-1][:_CORE])].append(candidate)
+    text = "\n".join(names)
+    found = {candidate for candidate in by_core.pop((), ()) if candidate in text}
+    for name in names if by_core else ():
+        inner = name.split(".")[1:-1]
+        for start in range(len(inner)):
+            for stop in range(start + 1, min(start + _CORE, len(inner)) + 1):
+                found.update(part for part in by_core.get(tuple(inner[start:stop]), ()) if part in name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ read; and its support tables. Hardware is what the engine's code admits; nothing
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -78,10 +77,9 @@ class Target:
         """The kinds of formats that it loads for an architecture."""
         return [kind for kind in self.formats if self.refusal(architecture, kind) is None]
 
-    def kept_rule(self, architecture: str | None, kind: str, layer: str) -> Rule | None:
-        """Why a layer stays unquantized by default; None if it does not."""
-        rules = (rule for rule in self.kept if rule.holds(architecture, kind))
-        return next((rule for rule in rules if re.search(rule.layers, layer)), None)
+    def kept_rules(self, architecture: str | None, kind: str) -> Sequence[Rule]:
+        """Which layers stay unquantized by default, and why."""
+        return [rule for rule in self.kept if rule.holds(architecture, kind)]
 
 
 def format_kind(fmt: Format) -> str:

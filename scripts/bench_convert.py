@@ -1,12 +1,19 @@
-"""Measure a conversion beside `cp -r` in one run.
+"""Measure conversions beside `cp -r` and beside other libraries, in one run.
 
-    python scripts/bench_convert.py --gigabytes 4 --runs 5
-    python scripts/bench_convert.py --method fp8 --granularity channel --quality balanced
+    python scripts/bench_convert.py
+    python scripts/bench_convert.py --gigabytes 4 --runs 5 --peers other-venv/bin/python
+    python scripts/bench_convert.py --only 'int8*,*fp8 channel'
 
-Options that are not listed go to omni-convert.
+Writes a BF16 checkpoint of Qwen-Image block shapes (hidden 3072, MLP 12288) in shards of about 1 GB, so that it is in
+the page cache, and converts small ones, so that the compiled kernels are on disk. Then, in every round, each conversion
+runs right after a copy of the checkpoint; `of cp` is the median of the rounds' ratios. Every run is a new process, so
+start-up, imports and hashing count. Rows that do not say `balanced` are `--quality fast`.
 
-Writes a BF16 checkpoint of Qwen-Image block shapes (hidden 3072, MLP 12288), reads it once so that it is in the page
-cache, then alternates conversion and copy. Every run is a new process, so start-up, imports and hashing count.
+`--durable` is measured beside `cp -r` and `sync` of every file and folder that it wrote: fsync of each, which waits for
+these files only (`sync -f` would wait for whatever else the file system has to write).
+
+Other libraries run once at the end, with the Python that --peers names; what is not installed there is left out. Their
+memory is without imports too: `anon MiB` is what a process takes beyond one that has only imported.
 """
 
 from __future__ import annotations
@@ -19,137 +26,183 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-HIDDEN, MLP = 3072, 12288
-BLOCK = {
-    **{f"attn.{name}": (HIDDEN, HIDDEN) for name in ("to_q", "to_k", "to_v", "to_out.0")},
-    **{f"attn.{name}": (HIDDEN, HIDDEN) for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")},
-    **{f"{mlp}.net.0.proj": (MLP, HIDDEN) for mlp in ("img_mlp", "txt_mlp")},
-    **{f"{mlp}.net.2": (HIDDEN, MLP) for mlp in ("img_mlp", "txt_mlp")},
+from bench_tools import (
+    CONVERT,
+    IMPORTS,
+    QWEN_HIDDEN,
+    CommandError,
+    Usage,
+    machine,
+    markdown,
+    median,
+    qwen_image,
+    run,
+    write_checkpoint,
+)
+
+from omni_convert.formats import make_format
+
+FORMATS = {
+    "int8": ["--method", "int8"],
+    "fp8": ["--method", "fp8"],
+    "fp8 channel": ["--method", "fp8", "--granularity", "channel"],
+    "fp8 block": ["--method", "fp8", "--granularity", "block"],
+    "mxfp8": ["--method", "mxfp8"],
+    "mxfp4": ["--method", "mxfp4"],
+    "mxfp4_dualscale": ["--method", "mxfp4_dualscale"],
 }
-SHARD_BYTES = 10**9
+COPY, SYNCED = "cp -r", "cp -r, sync"
+PEERS = Path(__file__).with_name("bench_peers.py")
+SMALL_HIDDEN = 512
+HEAD = ("", "wall s", "of cp", "GB/s", "CPU s", "CPU s/GB", "anon MiB", "max RSS MiB")
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> int:
-    """A Qwen-Image transformer folder of about that many bytes in shards of about 1 GB; returns its weight bytes."""
-    import torch
-    from safetensors.torch import save_file
+@dataclass
+class Row:
+    """A line of the table. ``command``: MODEL and OUT are appended. ``beside``: the copy that runs before it."""
 
-    def tensors() -> Iterator[tuple[str, Any]]:
-        generator = torch.Generator().manual_seed(0)
-        pool = torch.randn(MLP * HIDDEN + 4096, generator=generator).to(torch.bfloat16)
-        for block in range(10**6):
-            for layer, shape in BLOCK.items():
-                start = torch.randint(4096, (1,), generator=generator).item()
-                weight = pool[start : start + shape[0] * shape[1]].view(shape).clone()
-                yield f"transformer_blocks.{block}.{layer}.weight", weight
+    name: str
+    command: Sequence[str]
+    beside: str | None = COPY
+    imports: Sequence[str] = (sys.executable, "-c", IMPORTS)
+    usages: list[Usage] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    failure: str | None = None
 
-    folder.mkdir(parents=True)
-    shards: list[list[str]] = []
-    pending: dict[str, Any] = {}
-    total = size = 0
-    for name, tensor in tensors():
-        pending[name] = tensor
-        size += tensor.nbytes
-        total += tensor.nbytes
-        if size >= SHARD_BYTES or total >= gigabytes * 1e9:
-            save_file(pending, folder / f"part-{len(shards)}.safetensors", metadata={"format": "pt"})
-            shards.append(list(pending))
-            pending, size = {}, 0
-        if total >= gigabytes * 1e9:
-            break
-    weight_map = {}
-    for number, names in enumerate(shards):
-        final = f"diffusion_pytorch_model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{number}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel"}))
-    return total
+    @property
+    def label(self) -> str:
+        return self.name if self.beside in (COPY, None) else f"{self.name} (of {self.beside})"
 
 
-def run(command: list[str]) -> dict[str, float]:
-    """Wall and CPU seconds of a command; peaks of its anonymous memory and, with mapped libraries, its RSS in MiB."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = {"RssAnon": 0, "VmHWM": 0}
-    stop = threading.Event()
-
-    def sample() -> None:
-        status = Path(f"/proc/{process.pid}/status")
-        while not stop.wait(0.005):
-            try:
-                rows = dict(row.split(":", 1) for row in status.read_text().splitlines())
-            except OSError:
-                return
-            for key in peak.keys() & rows.keys():
-                peak[key] = max(peak[key], int(rows[key].split()[0]))
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - started
-    stop.set()
-    sampler.join()
-    if status:
-        raise SystemExit(f"{command[0]} failed with status {status}")
+def copies() -> dict[str, Row]:
+    synced = 'cp -r "$0" "$1" && find "$1" -exec sync {} +'
     return {
-        "wall": wall,
-        "cpu": usage.ru_utime + usage.ru_stime,
-        "rss": peak["RssAnon"] / 1024,
-        "max_rss": peak["VmHWM"] / 1024,
+        COPY: Row(COPY, ["cp", "-r"], beside=None, imports=()),
+        SYNCED: Row(SYNCED, ["sh", "-c", synced], beside=None, imports=()),
     }
+
+
+def conversions() -> list[Row]:
+    rows = [Row(name, [*CONVERT, *options]) for name, options in FORMATS.items()]
+    for name, options in FORMATS.items():
+        choice = dict(zip(("method", "granularity"), options[1::2], strict=False))
+        if make_format(**choice, quality="balanced").is_searched:
+            rows.append(Row(f"{name} balanced", [*CONVERT, *options, "--quality", "balanced"]))
+    return [*rows, Row("int8 --durable", [*CONVERT, *FORMATS["int8"], "--durable"], beside=SYNCED)]
+
+
+def peers(python: str) -> list[Row]:
+    """Those that ``python`` has installed; says which it has not."""
+    listed = json.loads(subprocess.run([python, PEERS], capture_output=True, text=True, check=True).stdout)
+    missing = sorted({name.split()[0] for name, version in listed.items() if not version})
+    if missing:
+        print(f"Left out, not installed for {python}: {', '.join(missing)}.")
+    imports = [python, str(PEERS), "--imports"]
+    return [
+        Row(f"{name} ({version})", [python, str(PEERS), name], imports=[*imports, name])
+        for name, version in listed.items()
+        if version
+    ]
+
+
+def measure(row: Row, model: Path, out: Path) -> Usage | None:
+    """Run once and remove what it wrote. A failure is kept in the row, which then runs no more."""
+    if row.failure:
+        return None
+    try:
+        usage = run([*row.command, str(model), str(out)])
+    except CommandError as error:
+        row.failure = str(error)
+        print(f"Left out, {row.name}: {error}", flush=True)
+        return None
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+    row.usages.append(usage)
+    return usage
+
+
+def alternate(rows: Sequence[Row], model: Path, out: Path, runs: int) -> dict[str, Row]:
+    """Every conversion after its copy, in turn; returns the copies."""
+    beside = copies()
+    for number in range(runs):
+        for row in rows:
+            copy = measure(beside[row.beside or COPY], model, out)
+            usage = measure(row, model, out)
+            if copy and usage:
+                row.ratios.append(usage.wall / copy.wall)
+        print(f"round {number + 1} of {runs} done", file=sys.stderr, flush=True)
+    return beside
+
+
+def warm_up(rows: Sequence[Row], work: Path) -> None:
+    """Compile the kernels that are not on disk yet."""
+    small, out = work / "small", work / "small-out"
+    write_checkpoint(small, qwen_image(0.01, hidden=SMALL_HIDDEN))
+    for row in rows:
+        measure(row, small, out)
+        row.usages.clear()
+
+
+def table(rows: Sequence[Row], total: int) -> str:
+    """Medians."""
+    lines = []
+    baselines: dict[tuple[str, ...], float] = {}
+    for row in rows:
+        if not row.usages:
+            continue
+        wall, cpu, anonymous, resident = median(row.usages)
+        key = tuple(row.imports)
+        if key and key not in baselines:
+            baselines[key] = run(key).anonymous
+        ratio = f"{statistics.median(row.ratios):.2f}" if row.ratios else ""
+        gigabytes = total / 1e9
+        lines.append(
+            (row.label, f"{wall:.2f}", ratio, f"{gigabytes / wall:.2f}", f"{cpu:.2f}", f"{cpu / gigabytes:.2f}",
+             f"{anonymous - baselines.get(key, 0):.0f}", f"{resident:.0f}")
+        )  # fmt: skip
+    return markdown(HEAD, lines)
+
+
+def measure_all(work: Path, arguments: argparse.Namespace) -> None:
+    wanted = arguments.only.split(",")
+    rows = [row for row in conversions() if any(fnmatch(row.name, name) for name in wanted)]
+    others = [row for row in peers(arguments.peers) if any(fnmatch(row.name.rpartition(" (")[0], n) for n in wanted)]
+    model, out = work / "model", work / "out"
+    total = write_checkpoint(model, qwen_image(arguments.gigabytes, arguments.hidden))
+    warm_up(rows, work)
+    os.sync()
+    beside = alternate(rows, model, out, arguments.runs)
+    if not beside[COPY].usages:
+        measure(beside[COPY], model, out)
+    copy = statistics.median(usage.wall for usage in beside[COPY].usages)
+    for row in others:
+        usage = measure(row, model, out)
+        row.ratios = [usage.wall / copy] if usage else []
+    print(f"\n{total / 1e9:.2f} GB of BF16 on {machine()}; medians of {arguments.runs} rounds, other libraries once\n")
+    shown = [*beside.values(), *rows, *others]
+    print(table(shown, total))
+    if arguments.json:
+        kept = {row.name: {"runs": [usage._asdict() for usage in row.usages], "of_copy": row.ratios} for row in shown}
+        arguments.json.write_text(json.dumps({"bytes": total, "machine": machine(), "rows": kept}, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=4.3)
+    parser.add_argument("--hidden", type=int, default=QWEN_HIDDEN, help="a smaller model, for a trial")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--method", default="int8")
+    parser.add_argument("--only", default="*", metavar="NAMES", help="rows to measure: names or globs, with commas")
+    parser.add_argument("--peers", default=sys.executable, metavar="PYTHON", help="that has the other libraries")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of every run too")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
-    arguments, others = parser.parse_known_args()
-    work = Path(tempfile.mkdtemp(dir=arguments.folder))
-    try:
-        measure(work, arguments.gigabytes, arguments.runs, ["--method", arguments.method, *others])
-    finally:
-        shutil.rmtree(work)
-
-
-def measure(work: Path, gigabytes: float, runs: int, options: list[str]) -> None:
-    model, out, copy = work / "model", work / "out", work / "copy"
-    total = write_checkpoint(model, gigabytes)
-    os.sync()
-    script = Path(sys.executable).with_name("omni-convert")
-    convert = [str(script), *options, str(model), str(out)]
-    results: dict[str, list[dict[str, float]]] = {"convert": [], "cp -r": []}
-    for number in range(runs + 1):
-        for name, command, target in (("convert", convert, out), ("cp -r", ["cp", "-r", str(model), str(copy)], copy)):
-            figures = run(command)
-            shutil.rmtree(target)
-            if number:  # the first round warms the page cache and the kernel cache
-                results[name].append(figures)
-    startup = run([sys.executable, "-c", "import omni_convert.converter.execute, omni_convert.formats.kernels"])
-    print(f"{total / 1e9:.2f} GB BF16, {' '.join(options)}")
-    print(f"{os.cpu_count()} processors, median of {runs} alternating runs\n")
-    print(f"{'':10}{'wall s':>8}{'GB/s':>8}{'CPU s':>8}{'anon MiB':>10}{'max RSS MiB':>13}{'of cp':>8}")
-    median = {
-        name: {key: statistics.median(item[key] for item in items) for key in items[0]}
-        for name, items in results.items()
-    }
-    ratio = statistics.median(a["wall"] / b["wall"] for a, b in zip(results["convert"], results["cp -r"], strict=True))
-    for name, figures in median.items():
-        share = f"{ratio:.2f}" if name == "convert" else "1.00"
-        rate = total / figures["wall"] / 1e9
-        print(
-            f"{name:10}{figures['wall']:8.2f}{rate:8.2f}{figures['cpu']:8.2f}{figures['rss']:10.0f}{figures['max_rss']:13.0f}{share:>8}"
-        )
-    print(f"\npeak memory beyond the imports: {median['convert']['rss'] - startup['rss']:.0f} MiB")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
+        measure_all(Path(work), arguments)
 
 
 if __name__ == "__main__":

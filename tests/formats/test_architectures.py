@@ -92,7 +92,7 @@ def test_weights_without_config_are_known_only_by_unique_names(table: Architectu
     ],
 )
 def test_table(table: Architecture, layer: str, is_linear: bool) -> None:
-    role = table.role(layer, "no method")
+    role = table.layer(layer).role("no method")
     assert role.is_linear == is_linear
     assert table.name in role.reason
 
@@ -113,7 +113,7 @@ def test_table(table: Architecture, layer: str, is_linear: bool) -> None:
 )
 def test_fused_groups(table: Architecture, layer: str, name: str, members: tuple[str, ...]) -> None:
     parent = name.rpartition(".")[0]
-    assert table.group(layer) == (name, tuple(f"{parent}.{member}" for member in members))
+    assert table.layer(layer).group() == (name, tuple(f"{parent}.{member}" for member in members))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_fused_groups(table: Architecture, layer: str, name: str, members: tuple
     ],
 )
 def test_layers_that_no_engine_fuses(table: Architecture, layer: str) -> None:
-    assert table.group(layer) is None
+    assert table.layer(layer).group() is None
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_layers_that_no_engine_fuses(table: Architecture, layer: str) -> None:
     ],
 )
 def test_runtime_names(table: Architecture, layer: str, name: str) -> None:
-    assert table.runtime_name(layer) == name
+    assert table.layer(layer).runtime_name() == name
 
 
 def test_numbers_of_a_fused_expert() -> None:
     layer = "thinker.model.layers.4.mlp.experts.3.up_proj"
     expert = "thinker.model.layers.4.mlp.experts.3"
-    assert QWEN3_OMNI.group(layer) == (f"{expert}.w13", (f"{expert}.gate_proj", f"{expert}.up_proj"))
+    assert QWEN3_OMNI.layer(layer).group() == (f"{expert}.w13", (f"{expert}.gate_proj", f"{expert}.up_proj"))
 
 
 @pytest.mark.parametrize(("fixture", "table", "count"), [("qwen_image", QWEN, 12 * 3), ("z_image", Z_IMAGE, 7 * 4)])
@@ -179,11 +179,11 @@ def test_table_fits_the_real_model(
     folder = request.getfixturevalue(fixture) / "transformer"
     stored = {name: item for path in folder.glob("*.safetensors") for name, item in read_weights(path).items()}
     layers = {name.removesuffix(".weight") for name in stored if name.endswith(".weight")}
-    linears = {layer for layer in layers if table.role(layer, "int8").is_linear}
+    linears = {layer for layer in layers if table.layer(layer).role("int8").is_linear}
     assert len(linears) == count
     assert all(len(stored[f"{layer}.weight"].shape) == 2 for layer in linears)
     for layer in linears:
-        group = table.group(layer)
+        group = table.layer(layer).group()
         assert group is None or linears.issuperset(group[1])
 
 
@@ -192,7 +192,7 @@ def test_table_fits_the_trained_bert(minilm: object) -> None:
 
     with safe_open(f"{minilm}/model.safetensors", "np") as file:
         layers = [name.removesuffix(".weight") for name in file.keys() if name.endswith(".weight")]  # noqa: SIM118
-    assert sum(BERT.role(layer, "no method").is_linear for layer in layers) == 6 * 6
+    assert sum(BERT.layer(layer).role("no method").is_linear for layer in layers) == 6 * 6
 
 
 @pytest.mark.parametrize(
@@ -231,3 +231,8 @@ def test_heuristic(layer: str, role: str | None) -> None:
     found = guess_role(layer)
     assert found.is_linear == (role is None)
     assert found.reason.startswith(role or "2-D weight")
+
+
+def test_heuristic_quotes_numbers_as_they_are() -> None:
+    assert guess_role("12.head.3").reason == "output-head role ('12.head' in its name)"
+    assert guess_role("blocks.12.norm.3").reason == "norm role ('norm' in its name)"

@@ -1,0 +1,42 @@
+"""The benchmarks of whole conversions run, on checkpoints of a few megabytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+def bench(script: str, *arguments: object) -> str:
+    command = [sys.executable, SCRIPTS / script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_conversions_beside_cp(tmp_path: Path) -> None:
+    kept = tmp_path / "figures.json"
+    options = ["--gigabytes", 0.003, "--hidden", 250, "--runs", 2, "--folder", tmp_path, "--json", kept]
+    printed = bench("bench_convert.py", *options, "--only", "int8,mxfp8")
+    rows = json.loads(kept.read_text())["rows"]
+    assert len(rows["int8"]["runs"]) == len(rows["int8"]["of_copy"]) == 2
+    assert "| cp -r " in printed and "| int8 " in printed and "| mxfp8 " not in printed
+    assert "Left out, mxfp8: status 1: Error: " in printed  # no multiple of 32
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_scale(tmp_path: Path) -> None:
+    sizes = ["--sizes", "0.003,0.006", "--hidden", 256, "--counts", "120", "--gigabytes", 0.002, "--huge", 0.005]
+    parts = ["linearity", "tensors", "memory"]
+    printed = bench("bench_scale.py", *parts, *sizes, "--small", 100, "--runs", 1, "--folder", tmp_path)
+    for row in ("| 0.01 GB ", "| 120 of ", "| one tensor ", "| 100 tensors "):
+        assert row in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_peers_are_listed_without_their_import() -> None:
+    listed = json.loads(bench("bench_peers.py"))
+    assert {name.split()[0] for name in listed} == {"llm-compressor", "Quark", "auto-round", "torchao"}
