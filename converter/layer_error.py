@@ -67,6 +67,9 @@ class LayerErrors:
     def add(self, rows: Rows) -> None:
         layer, count = rows.tensor.layer, len(rows.sums)
         shape = rows.tensor.source.spec.shape
+        if count == shape[0]:
+            self.finished[layer] = _layer_error(rows.tensor, rows.sums)
+            return
         with self._lock:
             found = self._gathered.get(layer)
             if found is None:

@@ -29,22 +29,15 @@ class Region(NamedTuple):
 class Slice(NamedTuple):
     """Rows ``start`` to ``stop`` of a weight that is quantized, or those bytes of a tensor that is kept.
 
-    ``regions``: by suffix; "" for the bytes that are kept.
+    ``size``: bytes of the source. ``is_whole``: all of the tensor. ``regions``: by suffix; "" for bytes that are kept.
     """
 
     tensor: TensorPlan
     start: int
     stop: int
+    size: int
+    is_whole: bool
     regions: Mapping[str, Region]
-
-    @property
-    def size(self) -> int:
-        """Bytes in the source."""
-        return (self.stop - self.start) * unit_bytes(self.tensor)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.size == self.tensor.source.spec.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +65,8 @@ class _Cut(NamedTuple):
     tensor: TensorPlan
     start: int
     stop: int
+    size: int
+    is_whole: bool
 
 
 def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
@@ -84,12 +79,11 @@ def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
     size = 0
     for tensor in shard.tensors:
         for cut in _cuts(tensor, piece_bytes):
-            nbytes = (cut.stop - cut.start) * unit_bytes(tensor)
-            if waiting and size + nbytes > piece_bytes:
+            if waiting and size + cut.size > piece_bytes:
                 yield _piece(waiting, offsets)
                 waiting, size = [], 0
             waiting.append(cut)
-            size += nbytes
+            size += cut.size
     if waiting:
         yield _piece(waiting, offsets)
 
@@ -126,7 +120,8 @@ def _cuts(tensor: TensorPlan, piece_bytes: int) -> Iterator[_Cut]:
     together = tensor.decision.format.rows_per_scale if tensor.decision.format else 1
     step = max(1, piece_bytes // (unit * together)) * together
     for start in range(0, units, step):
-        yield _Cut(tensor, start, min(start + step, units))
+        stop = min(start + step, units)
+        yield _Cut(tensor, start, stop, (stop - start) * unit, stop - start == units)
 
 
 def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, int] | None) -> Piece:
@@ -148,7 +143,7 @@ def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, int] | None) -> Piece:
     ]
     return Piece(
         start=cuts[0].tensor.source.start + cuts[0].start * unit_bytes(cuts[0].tensor),
-        size=sum(item.size for item in slices),
+        size=sum(cut.size for cut in cuts),
         slices=slices,
         spans=spans,
         copies=_copies(slices, spans),

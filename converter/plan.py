@@ -40,7 +40,7 @@ class TensorPlan:
     input_scale: float | None = None
     """Of the layer's activations, recorded beforehand."""
 
-    @property
+    @cached_property
     def layer(self) -> str:
         return self.name.removesuffix(".weight")
 

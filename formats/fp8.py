@@ -44,7 +44,7 @@ from omni_convert.formats.base import (
 from omni_convert.formats.engine import Rows
 from omni_convert.formats.errors import UsageError
 from omni_convert.formats.header import TensorSpec
-from omni_convert.formats.scales import absmax_scales
+from omni_convert.formats.scales import absmax_scale, absmax_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,8 +177,8 @@ class Fp8(Rows):
 
         if self.granularity != "tensor":
             return {}
-        amax = np.array([known(facts.amax, "amax")], np.float32)
-        result: dict[str, NDArray[Any]] = {"weight_scale": absmax_scales(amax, LARGEST, CLIPS, np)}
+        scale = absmax_scale(known(facts.amax, "amax"), LARGEST, CLIPS)
+        result: dict[str, NDArray[Any]] = {"weight_scale": np.full(1, scale, np.float32)}
         if self._is_static:
             result["input_scale"] = np.array([known(facts.input_scale, "input_scale")], np.float32)
         return result

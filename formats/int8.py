@@ -38,7 +38,7 @@ from omni_convert.formats.base import (
 )
 from omni_convert.formats.engine import Rows
 from omni_convert.formats.header import TensorSpec
-from omni_convert.formats.scales import absmax_scales
+from omni_convert.formats.scales import absmax_scale, absmax_scales
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +134,7 @@ class Int8(Rows):
 
         if not self.is_fused:
             return {}
-        scale = absmax_scales(np.array(known(facts.amax, "amax"), np.float32), QMAX, QMAX + 0.5, np)
+        scale = absmax_scale(known(facts.amax, "amax"), QMAX, QMAX + 0.5)
         return {"weight_scale": np.full((shape[0], 1), scale, np.float32)}
 
     def compiled_rows(
