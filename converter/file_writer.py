@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_convert.converter.groups import Groups, bad_weight, group_of, maxima, needs_amax, rows_of
+from omni_convert.converter.groups import Group, Groups, bad_weight, group_of, needs_amax, row_maxima, rows_of
 from omni_convert.converter.jobs import Job, Worker
 from omni_convert.converter.layer_error import SUMS, LayerError, LayerErrors, Rows
 from omni_convert.converter.pieces import Piece, Slice
@@ -87,44 +87,47 @@ class FileWriter:
             file.write(piece.spans[0].offset, data)
             return
         out = worker.output(piece.output_size)
-        largest = self._largest(piece, data)
-        if largest is None:
-            return  # another job failed, and says why
+        maxima = self._local_maxima(piece, data)
         at = 0
         for item in piece.slices:
             part = data[at : at + item.size]
+            at += item.size
             if item.tensor.decision.format is None:
                 kept = item.regions[""]
                 out[kept.at : kept.at + kept.size] = part
-            else:
-                self._quantize(item, item.tensor.decision.format, part, out, largest.get(item.tensor.layer))
-            at += item.size
+            elif not self._quantize(item, item.tensor.decision.format, part, out, maxima):
+                return  # another job failed, and says why
         for span in piece.spans:
             file.write(span.offset, out[span.at : span.at + span.size].data)
 
-    def _largest(self, piece: Piece, data: memoryview) -> dict[str, float] | None:
-        """Layer -> the largest magnitude among those that share its scale, where the format needs it."""
-        local = self.groups.local(self.component, piece)
-        here: dict[tuple[str, str], float] = dict.fromkeys(local, 0.0)
+    def _local_maxima(self, piece: Piece, data: memoryview) -> dict[Group, list[NDArray[np.float32]]]:
+        """The largest magnitude of every row of the groups that lie in this piece as a whole."""
+        found: dict[Group, list[NDArray[np.float32]]] = {
+            group: [] for group in self.groups.local(self.component, piece)
+        }
         at = 0
-        for item in piece.slices:
-            if needs_amax(item.tensor) and (group := group_of(self.component, item.tensor)) in here:
-                here[group] = max(here[group], float(maxima(self.source, item, data[at:]).max()))
+        for item in piece.slices if found else ():
+            if needs_amax(item.tensor) and (group := group_of(self.component, item.tensor)) in found:
+                found[group].append(row_maxima(self.source, item, data[at:]))
             at += item.size
-        found = {}
-        for item in piece.slices:
-            if needs_amax(item.tensor):
-                group = group_of(self.component, item.tensor)
-                value = here[group] if group in here else self.groups.wait(group)
-                if value is None:
-                    return None
-                found[item.tensor.layer] = value
         return found
 
     def _quantize(
-        self, item: Slice, fmt: Format, data: memoryview, out: NDArray[np.uint8], largest: float | None
-    ) -> None:
-        tensor, rows = item.tensor, rows_of(item, data)
+        self,
+        item: Slice,
+        fmt: Format,
+        data: memoryview,
+        out: NDArray[np.uint8],
+        maxima: Mapping[Group, Sequence[NDArray[np.float32]]],
+    ) -> bool:
+        """Put the slice into ``out``; False if the largest magnitude that it needs could not be found."""
+        tensor, rows, largest = item.tensor, rows_of(item, data), None
+        if needs_amax(tensor):
+            group = group_of(self.component, tensor)
+            local = maxima.get(group)
+            largest = float(max(part.max() for part in local)) if local else self.groups.wait(group)
+            if largest is None:
+                return False
         facts = Facts(amax=largest, input_scale=tensor.input_scale)
         views = {}
         for suffix, region in item.regions.items():
@@ -141,5 +144,6 @@ class FileWriter:
         sums = np.zeros((len(rows), SUMS))
         sums[:, :2] = power
         if fmt.is_fused:
-            sums[:, 2] = maxima(self.source, item, data)
+            sums[:, 2] = row_maxima(self.source, item, data)
         self.errors.add(Rows(tensor, item.start, sums))
+        return True

@@ -14,8 +14,8 @@ from omni_convert.converter.jobs import Job, Worker
 from omni_convert.converter.pieces import Piece, Slice, weight_pieces
 from omni_convert.converter.plan import Plan, TensorPlan
 from omni_convert.converter.source import SourceFile
+from omni_convert.formats import engine
 from omni_convert.formats.bits import NUMPY_DTYPE, first_nonfinite
-from omni_convert.formats.engine import row_maxima
 from omni_convert.formats.errors import SourceError, printable
 
 Group: TypeAlias = tuple[str, str]
@@ -48,7 +48,7 @@ class _Largest:
             largest = np.float32(np.nan)
             try:
                 bits = worker.read(file, piece.start, piece.size)
-                largest = maxima(file, piece.slices[0], bits).max()
+                largest = row_maxima(file, piece.slices[0], bits).max()
             finally:
                 self._report(largest)
 
@@ -140,14 +140,14 @@ def rows_of(item: Slice, data: memoryview) -> NDArray[np.uint16] | NDArray[np.ui
     return rows if rows.flags.aligned else rows.copy()
 
 
-def maxima(file: SourceFile, item: Slice, data: memoryview) -> NDArray[np.float32]:
+def row_maxima(file: SourceFile, item: Slice, data: memoryview) -> NDArray[np.float32]:
     """The largest magnitude of every row.
 
     Raises:
         SourceError: one is NaN or Inf.
     """
     rows, dtype = rows_of(item, data), item.tensor.source.spec.dtype
-    found = row_maxima(rows, dtype)
+    found = engine.row_maxima(rows, dtype)
     if not np.isfinite(found).all():
         row = int(np.argmin(np.isfinite(found)))
         raise bad_weight(file, item, row, first_nonfinite(rows[row], dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Lock
@@ -30,14 +31,14 @@ class LayerError:
     @property
     def sqnr_db(self) -> float:
         """Signal-to-quantization-noise ratio in dB; infinite for an exact layer."""
-        return float(10 * np.log10(self.signal / self.noise)) if self.noise and self.signal else float("inf")
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
 
     @property
     def shared_scale_db(self) -> float | None:
         """About how many dB a shared scale costs this layer; None if it has its own."""
         if self.own_noise is None:
             return None
-        return max(0.0, float(10 * np.log10(self.noise / self.own_noise))) if self.noise and self.own_noise else 0.0
+        return max(0.0, 10 * math.log10(self.noise / self.own_noise)) if self.noise and self.own_noise else 0.0
 
 
 class Rows(NamedTuple):
