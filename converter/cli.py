@@ -204,6 +204,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option(
     "--memory", callback=_size, metavar="SIZE", help="Limit of the run's memory beyond libraries: 100M, 1GiB."
 )
+@click.option(
+    "--device", default="cpu", metavar="DEVICE", help="Quantize on cuda, cuda:N, npu or npu:N; the bytes are the same."
+)
 @_json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
@@ -211,11 +214,11 @@ def convert(
     fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
     no_default_ignore: bool, target: str | None, components: tuple[str, ...], dry_run: bool, link: bool,
     resume: bool, overwrite: bool, durable: bool, hash_source: bool, threads: int | None, memory: int | None,
-    as_json: bool,
+    device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
-    from omni_convert.converter.convert import Means, needs, plan, refusal, run
+    from omni_convert.converter.convert import Means, device_need, needs, plan, refusal, run
     from omni_convert.converter.recipe import parse_block_size, read_input_scales, read_recipe
 
     started = time.perf_counter()
@@ -233,14 +236,14 @@ def convert(
     for label in [format_label(fmt) for fmt in planned.recipe.formats if fmt.quality != "fast" and not fmt.is_searched]:
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
     means = Means(
-        threads=threads, memory=memory, link=link, durable=durable, overwrite=overwrite, resume=resume,
+        threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
         hash_source=hash_source,
     )  # fmt: skip
     if dry_run:
         if obstacle := refusal(planned, out, means):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
-        memory, disk = needs(planned, means)
-        _print(show.plan_dict(planned, memory, disk) if as_json else show.plan_text(planned, memory, disk))
+        needed = (*needs(planned, means), device_need(planned, means))
+        _print(show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
         return
     report = run(planned, out, means, progress=True, started=started)
     _print(report.to_dict() if as_json else show.report_text(report))

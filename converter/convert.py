@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_convert.converter.checkpoint import open_checkpoint
+from omni_convert.converter.device import CPU, DEVICE_PIECE_BYTES, check_name
 from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, total_size
 from omni_convert.converter.job import job_identity
@@ -90,6 +91,7 @@ def convert(
     *,
     threads: int | None = None,
     memory: int | None = None,
+    device: str = CPU,
     link: bool = False,
     durable: bool = False,
     overwrite: bool = False,
@@ -105,7 +107,8 @@ def convert(
         out: a new or empty folder, or the unfinished output of this same job, which then goes on.
         quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
         threads: default: the processors this process may use. The bytes do not depend on it.
-        memory: bytes that the run may take beyond the libraries; default: 12 MiB per thread are enough for most.
+        memory: bytes that the run may take beyond the libraries; default: 12 MiB per thread, on a device 45, mostly.
+        device: what quantizes: ``cpu``, ``cuda``, ``cuda:N``, ``npu`` or ``npu:N``. The bytes do not depend on it.
         link: hard-link files that arrive unchanged.
         durable: have the disk confirm every file, so that a loss of power cannot take what looks complete.
         overwrite: replace what ``out`` holds, also the unfinished output of this job.
@@ -127,7 +130,7 @@ def convert(
     """
     started = time.perf_counter()
     means = Means(
-        threads=threads, memory=memory, link=link, durable=durable, overwrite=overwrite, resume=resume,
+        threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
         hash_source=hash_source,
     )  # fmt: skip
     return run(plan(source, quantization, **choices), Path(out), means, progress=progress, started=started)
@@ -139,27 +142,35 @@ class Means:
 
     threads: int | None = None
     memory: int | None = None
+    device: str = CPU
     link: bool = False
     durable: bool = False
     overwrite: bool = False
     resume: bool = False
     hash_source: bool = False
 
+    def __post_init__(self) -> None:
+        check_name(self.device)
+
     def settings(self, plan: Plan) -> Settings:
         """What ``execute`` takes, within the memory."""
         from omni_convert.converter.execute import Settings, fit
 
         settings = Settings(
-            threads=self.threads or processors(), piece_bytes=PIECE_BYTES, link=self.link, durable=self.durable
+            threads=self.threads or processors(),
+            piece_bytes=PIECE_BYTES if self.device == CPU else DEVICE_PIECE_BYTES,
+            device=self.device,
+            link=self.link,
+            durable=self.durable,
         )
         return settings if self.memory is None else fit(plan, settings, self.memory)
 
 
 def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
     """Carry out a plan. ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``."""
-    from omni_convert.converter.execute import execute
+    from omni_convert.converter.execute import execute, on_device
 
-    settings = means.settings(plan)
+    settings = on_device(plan, means.settings(plan))
     folder = _output_folder(plan, out, means)
     try:
         folder.check(linked=means.link)
@@ -193,7 +204,10 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
 
 def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     """Why ``run`` would refuse to write this plan to ``out`` now; None if it would not."""
+    from omni_convert.converter.execute import on_device
+
     try:
+        on_device(plan, means.settings(plan))
         _output_folder(plan, out, means).check(linked=means.link)
     except OmniConvertError as error:
         return str(error)
@@ -205,6 +219,13 @@ def needs(plan: Plan, means: Means) -> tuple[int, int]:
     from omni_convert.converter.execute import memory_bytes
 
     return memory_bytes(plan, means.settings(plan)), plan.disk_bytes(linked=means.link)
+
+
+def device_need(plan: Plan, means: Means) -> int:
+    """Peak memory of the device, in bytes; 0 for the CPU."""
+    from omni_convert.converter.execute import device_bytes
+
+    return device_bytes(plan, means.settings(plan))
 
 
 def _output_folder(plan: Plan, out: Path, means: Means) -> OutputFolder:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from omni_convert.converter import device
+from omni_convert.converter.device import CPU
 from omni_convert.converter.file_writer import FileRecord, FileWriter
 from omni_convert.converter.groups import Group, Groups
 from omni_convert.converter.jobs import Job, run_jobs
@@ -19,7 +21,7 @@ from omni_convert.converter.output import OutputFile
 from omni_convert.converter.pieces import copy_pieces, shard_pieces, smallest_piece
 from omni_convert.converter.plan import Plan
 from omni_convert.converter.source import SourceFile
-from omni_convert.formats.errors import UsageError, printable
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 Record: TypeAlias = Callable[[str, FileRecord], None]
 """Is told of every file that is whole, by its relative path, from any thread."""
@@ -30,12 +32,13 @@ _SMALLEST_PIECE = 1 << 18
 class Settings:
     """How a plan is carried out; the bytes depend on none of it.
 
-    ``piece_bytes``: of the source, that a thread holds at once. ``link``: hard-link files that arrive unchanged.
-    ``durable``: wait for the disk.
+    ``piece_bytes``: of the source, that a thread holds at once. ``device``: what quantizes, as ``device.workers`` takes
+    it. ``link``: hard-link files that arrive unchanged. ``durable``: wait for the disk.
     """
 
     threads: int
     piece_bytes: int
+    device: str = CPU
     link: bool = False
     durable: bool = False
 
@@ -70,7 +73,7 @@ def execute(
             yield from writer.jobs(files[-1])
 
     try:
-        run_jobs(jobs(), settings.threads, progress)
+        run_jobs(jobs(), settings.threads, progress, device.workers(settings.device))
     finally:
         for file in files:
             file.close()
@@ -133,3 +136,37 @@ def memory_bytes(plan: Plan, settings: Settings) -> int:
     piece = max([settings.piece_bytes, *map(smallest_piece, tensors)])
     rows = max((tensor.source.spec.shape[0] for tensor in tensors if tensor.decision.format), default=0)
     return settings.threads * 3 * piece + (settings.threads + 1) * 8 * SUMS * rows
+
+
+def on_device(plan: Plan, settings: Settings) -> Settings:
+    """``settings`` with as many threads as the device has memory for; as they are for the CPU.
+
+    Raises:
+        OmniConvertError: the device is not there, has too little memory, or would give other bytes.
+    """
+    if settings.device == CPU:
+        return settings
+    opened = device.open_device(settings.device)
+    for fmt in dict.fromkeys(tensor.decision.format for tensor in plan.tensors()):
+        if fmt:
+            device.check_bytes(opened, fmt)
+    free, one = device.free_bytes(opened), device_bytes(plan, replace(settings, threads=1))
+    if one > free:
+        raise OmniConvertError(
+            f"--device {settings.device}: found {free} bytes of its memory free, one thread takes {one}. Free some, or "
+            f"give less --memory. {device.INSTEAD}"
+        )
+    return replace(settings, threads=min(settings.threads, free // max(1, one)))
+
+
+def device_bytes(plan: Plan, settings: Settings) -> int:
+    """Peak memory of the device, beyond libraries; 0 for the CPU."""
+    if settings.device == CPU:
+        return 0
+    work = 0
+    for tensor in plan.tensors():
+        if fmt := tensor.decision.format:
+            spec = tensor.source.spec
+            together = max(settings.piece_bytes, smallest_piece(tensor)) * spec.numel // spec.nbytes
+            work = max(work, device.work_bytes(fmt, min(together, spec.numel)))
+    return settings.threads * work

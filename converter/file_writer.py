@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,8 @@ from omni_convert.converter.jobs import Job, Worker
 from omni_convert.converter.layer_error import SUMS, LayerError, LayerErrors, Rows
 from omni_convert.converter.pieces import Piece, Slice
 from omni_convert.converter.source import SourceFile
-from omni_convert.formats.base import Facts, Format, NonFinite
+from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.bits import OUTPUT_DTYPE
-
-Quantize: TypeAlias = Callable[
-    [Format, NDArray[Any], str, Mapping[str, NDArray[Any]], "NDArray[np.float64]", Facts], "NonFinite | None"
-]
-"""``Format.quantize_rows``, wherever it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +49,6 @@ class FileWriter:
         *,
         component: str = "",
         header: bytes | None = None,
-        quantize: Quantize = lambda fmt, *arguments: fmt.quantize_rows(*arguments),
     ) -> None:
         """``component``: whose weights these are. ``header``: the first bytes of the output."""
         self.source = source
@@ -62,7 +56,6 @@ class FileWriter:
         self.groups = groups
         self.component = component
         self.header = header
-        self.quantize = quantize
         self.errors = LayerErrors()
 
     @property
@@ -95,16 +88,15 @@ class FileWriter:
             if item.tensor.decision.format is None:
                 kept = item.regions[""]
                 out[kept.at : kept.at + kept.size] = part
-            elif not self._quantize(item, item.tensor.decision.format, part, out, maxima):
+            elif not self._quantize(item, item.tensor.decision.format, part, out, maxima, worker):
                 return  # another job failed, and says why
         for span in piece.spans:
             file.write(span.offset, out[span.at : span.at + span.size].data)
 
     def _local_maxima(self, piece: Piece, data: memoryview) -> dict[Group, list[NDArray[np.float32]]]:
         """The largest magnitude of every row of the groups that lie in this piece as a whole."""
-        found: dict[Group, list[NDArray[np.float32]]] = {
-            group: [] for group in self.groups.local(self.component, piece)
-        }
+        local = self.groups.local(self.component, piece)
+        found: dict[Group, list[NDArray[np.float32]]] = {group: [] for group in local}
         at = 0
         for item in piece.slices if found else ():
             if needs_amax(item.tensor) and (group := group_of(self.component, item.tensor)) in found:
@@ -119,6 +111,7 @@ class FileWriter:
         data: memoryview,
         out: NDArray[np.uint8],
         maxima: Mapping[Group, Sequence[NDArray[np.float32]]],
+        worker: Worker,
     ) -> bool:
         """Put the slice into ``out``; False if the largest magnitude that it needs could not be found."""
         tensor, rows, largest = item.tensor, rows_of(item, data), None
@@ -138,7 +131,7 @@ class FileWriter:
             if (whole := views.pop(suffix, None)) is not None:
                 whole[...] = values.reshape(whole.shape)
         power = np.empty((len(rows), 2))
-        bad = self.quantize(fmt, rows, tensor.source.spec.dtype, views, power, facts)
+        bad = worker.quantize_rows(fmt, rows, tensor.source.spec.dtype, views, power, facts)
         if bad is not None:
             raise bad_weight(self.source, item, bad.row, bad.column)
         sums = np.zeros((len(rows), SUMS))

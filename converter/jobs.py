@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from omni_convert.converter.source import Reader, SourceFile
+from omni_convert.formats.base import Facts, Format, NonFinite
 
 
 class Worker:
@@ -18,13 +21,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._reader = Reader()
-        self._input = np.empty(0, np.uint8)
-        self._output = np.empty(0, np.uint8)
+        self._input = self.empty(0)
+        self._output = self.empty(0)
+
+    def empty(self, size: int) -> NDArray[np.uint8]:
+        """A buffer."""
+        return np.empty(size, np.uint8)
 
     def read(self, source: SourceFile, start: int, size: int) -> memoryview:
         """Bytes of a source file, valid until the next call."""
         if len(self._input) < size:
-            self._input = np.empty(size, np.uint8)
+            self._input = self.empty(size)
         buffer = self._input[:size].data
         self._reader.read(source, buffer, start)
         return buffer
@@ -32,8 +39,20 @@ class Worker:
     def output(self, size: int) -> NDArray[np.uint8]:
         """Room for results, valid until the next call."""
         if len(self._output) < size:
-            self._output = np.empty(size, np.uint8)
+            self._output = self.empty(size)
         return self._output[:size]
+
+    def quantize_rows(
+        self,
+        fmt: Format,
+        bits: NDArray[Any],
+        dtype: str,
+        out: Mapping[str, NDArray[Any]],
+        power: NDArray[np.float64] | None,
+        facts: Facts,
+    ) -> NonFinite | None:
+        """``fmt.quantize_rows``, wherever this worker computes."""
+        return fmt.quantize_rows(bits, dtype, out, power, facts)
 
     def close(self) -> None:
         self._reader.close()
@@ -51,7 +70,9 @@ class Job:
     counts: bool = True
 
 
-def run_jobs(jobs: Iterator[Job], threads: int, progress: Callable[[int], None]) -> None:
+def run_jobs(
+    jobs: Iterator[Job], threads: int, progress: Callable[[int], None], make_worker: Callable[[], Worker] = Worker
+) -> None:
     """Run the jobs in order on ``threads`` threads; the first error stops all of them and is raised.
 
     The calling thread waits without a lock that others need: a signal may raise there at any moment.
@@ -71,15 +92,13 @@ def run_jobs(jobs: Iterator[Job], threads: int, progress: Callable[[int], None])
                     progress(job.size)
 
     def thread() -> None:
-        worker = Worker()
         try:
-            work(worker)
+            with closing(make_worker()) as worker:
+                work(worker)
         except BaseException as error:  # whatever it is, the caller raises it
             ends.put(error)
         else:
             ends.put(None)
-        finally:
-            worker.close()
 
     threads_ = [Thread(target=thread, name=f"omni-convert-{number}") for number in range(threads)]
     try:

@@ -52,8 +52,8 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
     return sorted(groups.values(), key=lambda group: group.action.startswith("keep"))
 
 
-def plan_text(plan: Plan, memory: int, disk: int) -> str:
-    """The plan as ``--dry-run`` prints it. ``memory`` and ``disk`` in bytes."""
+def plan_text(plan: Plan, memory: int, disk: int, device: int = 0) -> str:
+    """The plan as ``--dry-run`` prints it. ``memory``, ``disk`` and ``device``: what is needed of each, in bytes."""
     blocks = [_component_text(plan, part) for part in plan.components]
     summary = [
         ["to be loaded by", find_target(plan.recipe.target).title],
@@ -61,6 +61,7 @@ def plan_text(plan: Plan, memory: int, disk: int) -> str:
         ["bits per weight", f"{plan.bits_per_weight:.2f}"],
         ["copied unchanged", f"{format_bytes(plan.bytes_copied)} in {_plural(len(plan.checkpoint.others), 'file')}"],
         ["peak memory", f"{format_bytes(memory)} beyond Python and its libraries"],
+        *([["device memory", f"{format_bytes(device)} at most"]] if device else []),
         ["disk needed", format_bytes(disk)],
     ]
     shared = shared_scales(plan)
@@ -70,7 +71,7 @@ def plan_text(plan: Plan, memory: int, disk: int) -> str:
     return "\n\n".join(blocks)
 
 
-def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
+def plan_dict(plan: Plan, memory: int, disk: int, device: int = 0) -> dict[str, Any]:
     """The plan as data: the same facts as ``plan_text``, and every tensor."""
     shared = shared_scales(plan)
     return {
@@ -82,6 +83,7 @@ def plan_dict(plan: Plan, memory: int, disk: int) -> dict[str, Any]:
         "bytes_copied": plan.bytes_copied,
         "bits_per_weight": plan.bits_per_weight,
         "peak_memory": memory,
+        "device_memory": device,
         "disk_needed": disk,
         "copied": {name: file.size for name, file in plan.checkpoint.others.items()},
         "left_out": dict(plan.checkpoint.left_out),

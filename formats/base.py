@@ -103,8 +103,12 @@ class Format(Protocol):
         """Suffix -> dtype and shape on disk of a quantized weight of ``shape`` (N, K)."""
 
     def quantize(self, weight: torch.Tensor, facts: Facts = NO_FACTS) -> dict[str, torch.Tensor]:
-        """The readable reference. ``weight``: (N, K), bf16, fp16 or fp32, any device and strides.
+        """The readable reference: the same bits on every device that computes as IEEE 754 says.
 
+        So it divides by tensors, never by numbers (CUDA would multiply by the reciprocal), adds integers, or floats one
+        by one, and takes exponents from bits. It waits for the device once.
+
+        ``weight``: (N, K), bf16, fp16 or fp32, any device and strides.
         (experts, N, K) is quantized expert by expert; every result then has one dimension more. ``facts``: those that
         the weight does not show.
 

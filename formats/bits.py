@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 NUMPY_DTYPE: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"), "F16": np.dtype("<u2"), "F32": np.dtype("<u4"),
@@ -27,6 +30,16 @@ def to_float32(bits: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     if dtype == "F16":
         return bits.view(np.float16).astype(np.float32)
     return bits.view(np.float32)
+
+
+def to_torch(bits: NDArray[Any], dtype: str) -> torch.Tensor:
+    """Stored ``bits`` (any shape) as a tensor of their float dtype, in the same memory if that may be written to."""
+    import torch
+
+    writable = np.require(bits, requirements=["C", "W"])  # torch warns of any other
+    return torch.from_numpy(writable.view(f"i{bits.itemsize}")).view(
+        {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    )
 
 
 def kernel_bits(bits: NDArray[Any], dtype: str) -> NDArray[Any]:

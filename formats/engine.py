@@ -1,4 +1,5 @@
-"""Which engine quantizes rows on a CPU: the compiled kernels, or the torch reference where numba does not work."""
+"""Which engine quantizes rows: on a CPU the compiled kernels, the torch reference where numba does not work and on
+devices."""
 
 from __future__ import annotations
 
@@ -13,10 +14,14 @@ from omni_convert.formats.errors import OmniConvertError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from numpy.typing import NDArray
     from typing_extensions import Self
 
 T = TypeVar("T")
+
+_WITHOUT_FLOAT64 = ("npu",)
+"""Devices that leave the error sums, which are of float64, to the host."""
 
 _lock = Lock()
 _problems: list[str] = []
@@ -80,28 +85,43 @@ def reference_rows(
     out: Mapping[str, NDArray[Any]],
     power: NDArray[np.float64] | None,
     facts: Facts = NO_FACTS,
+    device: torch.device | str = "cpu",
 ) -> NonFinite | None:
-    """``Format.quantize_rows`` by ``Format.quantize``."""
-    import numpy as np
+    """``Format.quantize_rows`` by ``Format.quantize`` on a device.
+
+    Copies to and from pinned memory may still be under way: wait for the current stream before using the arrays.
+    """
     import torch
 
-    from omni_convert.formats.bits import nonfinite_place, to_float32
+    from omni_convert.formats.bits import nonfinite_place, to_torch
 
-    weight = to_float32(bits, dtype)
-    place = nonfinite_place(bits, dtype)
-    if place is not None:
+    stored = to_torch(bits, dtype)
+    weight = stored.to(device, non_blocking=True)
+    try:
+        tensors = fmt.quantize(weight, facts)
+    except OmniConvertError:
+        if (place := nonfinite_place(bits, dtype)) is None:
+            raise
         return NonFinite(*place)
-    tensors = fmt.quantize(torch.from_numpy(np.array(weight)), facts)
     for suffix, array in out.items():
         tensor = tensors[suffix]
         if tensor.dtype == torch.float8_e4m3fn:
             tensor = tensor.view(torch.uint8)
-        array[...] = tensor.numpy().reshape(array.shape)
+        torch.from_numpy(array).copy_(tensor.view(array.shape), non_blocking=True)
     if power is not None:
-        values = fmt.dequantize(tensors).numpy()
-        power[:, 0] = np.square(weight, dtype=np.float64).sum(axis=1)
-        power[:, 1] = np.square(weight.astype(np.float64) - values).sum(axis=1)
+        if weight.device.type in _WITHOUT_FLOAT64:
+            weight, tensors = stored, {suffix: tensor.cpu() for suffix, tensor in tensors.items()}
+        torch.from_numpy(power).copy_(_error_sums(fmt, weight, tensors))
     return None
+
+
+def _error_sums(fmt: Format, weight: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """(N, 2) float64: per row the sum of squares of the weight and of the quantization error."""
+    import torch
+
+    exact = weight.to(torch.float64)
+    error = exact - fmt.dequantize(tensors)
+    return torch.stack([(exact * exact).sum(dim=1), (error * error).sum(dim=1)], dim=1)
 
 
 class Rows:

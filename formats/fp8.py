@@ -152,13 +152,13 @@ class Fp8(Rows):
 
             scale = search.fp8_block_scales(w, block)
         elif facts.amax is not None and self.granularity == "tensor":
-            scale = absmax_scales(torch.full((1, 1), facts.amax, device=w.device), LARGEST, CLIPS, torch)
+            scale = absmax_scales(w.new_full((1, 1), facts.amax), LARGEST, CLIPS, torch)
         else:
             scale = absmax_scales(_block_amax(w, block), LARGEST, CLIPS, torch)
         codes = mx.round_elements(w / _expand(scale, block, w.shape), mx.E4M3).to(torch.float8_e4m3fn)
         result = {"weight": codes, self._scale_suffix: scale if self.block_size else scale.flatten()}
         if self._is_static:
-            result["input_scale"] = torch.full((1,), known(facts.input_scale, "input_scale"), device=w.device)
+            result["input_scale"] = w.new_full((1,), known(facts.input_scale, "input_scale"))
         return result
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -111,7 +111,7 @@ class Int8(Rows):
         if w.dim() == 3:
             return stack_experts(self.quantize, w)
         if self.is_fused:
-            amax = w.abs().amax() if facts.amax is None else torch.tensor(facts.amax, device=w.device)
+            amax = w.abs().amax() if facts.amax is None else w.new_full((), facts.amax)
             scale = absmax_scales(amax, QMAX, QMAX + 0.5, torch).expand(len(w), 1).clone()
         elif self.quality == "fast":
             scale = absmax_scales(w.abs().amax(dim=1, keepdim=True), QMAX, QMAX + 0.5, torch)

@@ -182,5 +182,5 @@ def quantize_blocks(
         scale = block_scales(blocks.abs().amax(dim=-1), element, rule)
     inverse = power_of_two(127 - scale.to(torch.int32)).unsqueeze(-1)
     at_top = (scale > 254 - element.emax).unsqueeze(-1)
-    largest = torch.where(at_top, element.largest_at_top, element.largest)
+    largest = torch.where(at_top, element.largest_at_top, blocks.new_full((), element.largest))
     return round_elements(blocks * inverse, element, largest), scale

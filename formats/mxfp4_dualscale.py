@@ -95,7 +95,8 @@ class Mxfp4DualScale(Rows):
         rows, columns = w.shape
         groups = torch.nn.functional.pad(w, (0, -columns % GROUP)).view(rows, -1, GROUP)
         if self.quality == "fast":
-            coarse = groups.abs().amax(dim=-1) / mx.E2M1.largest
+            amax = groups.abs().amax(dim=-1)
+            coarse = amax / torch.full_like(amax, mx.E2M1.largest)
             coarse = torch.where(coarse == 0, 1.0, coarse)
             fine = None
         else:
@@ -109,7 +110,7 @@ class Mxfp4DualScale(Rows):
             "weight": values.view(rows, -1)[:, :columns].to(torch.float8_e4m3fn),
             "weight_scale": fine[:, : -(-columns // mx.BLOCK)],
             "weight_dual_scale": coarse.unsqueeze(-1),
-            "mul_scale": torch.ones(columns, device=w.device),
+            "mul_scale": w.new_ones(columns),
         }
 
     def dequantize(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

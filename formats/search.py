@@ -170,9 +170,8 @@ def fp8_costs(values: torch.Tensor) -> torch.Tensor:
     """Costs (int64) of weights, not negative, in units of scale / 512."""
     import torch
 
-    step = mx.power_of_two(
-        torch.frexp(values).exponent.clamp(min=0) - 1 - E4M3.mantissa_bits
-    )  # below 1 no error counts
+    exponent = ((values.view(torch.int32) >> 23) - 127).clamp(min=-1)  # below 1 no error counts
+    step = mx.power_of_two(exponent - E4M3.mantissa_bits)
     error = values - (values / step).round() * step
     return (error * error).to(torch.int64)
 
@@ -221,7 +220,7 @@ def dual_scales(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     groups = torch.nn.functional.pad(weight, (0, -columns % GROUP)).view(rows, -1, GROUP // BLOCK, BLOCK).abs()
     blocks = groups.amax(dim=-1)
     amax = blocks.amax(dim=-1)
-    plain = amax / E2M1.largest
+    plain = amax / torch.full_like(amax, E2M1.largest)
     plain = torch.where(plain == 0, 1.0, plain)
     counts = searchable(amax)[..., None] & (blocks >= amax[..., None] * DUAL_NEGLIGIBLE)
     unit = torch.where(counts, DUAL_LENS / blocks, 0.0)

@@ -38,10 +38,10 @@ def source(tmp_path: Path) -> Path:
     return write_pipeline(tmp_path / "model")
 
 
-def stopped(out: Path, *, after: int | None = None) -> Callable[[Iterator[Job], int, object], None]:
+def stopped(out: Path, *, after: int | None = None) -> Callable[[Iterator[Job], int, object, object], None]:
     """A stand-in for ``run_jobs`` that ends in the middle: when one shard is whole, or after some jobs."""
 
-    def run_jobs(jobs: Iterator[Job], threads: int, progress: object) -> None:
+    def run_jobs(jobs: Iterator[Job], threads: int, progress: object, make_worker: object) -> None:
         worker = Worker()
         for place, job in enumerate(jobs):
             if place == after or (after is None and (out / SHARDS[0]).exists()):
