@@ -200,7 +200,18 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option("--overwrite", is_flag=True, help="Replace the conversion that OUT holds, finished or not.")
 @click.option("--durable", is_flag=True, help="Have the disk confirm every file: safe from a loss of power, slower.")
 @click.option("--hash-source", is_flag=True, help="Record the sha256 of every source file.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="Worker threads; default: all processors.")
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="Convert in this process, or on a Ray cluster (RAY_ADDRESS, or the one that runs here).",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Worker threads; default: all processors. With ray: of every task; default: 1.",
+)
 @click.option(
     "--memory", callback=_size, metavar="SIZE", help="Limit of the run's memory beyond libraries: 100M, 1GiB."
 )
@@ -213,8 +224,8 @@ def convert(
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str | None,
     fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
     no_default_ignore: bool, target: str | None, components: tuple[str, ...], dry_run: bool, link: bool,
-    resume: bool, overwrite: bool, durable: bool, hash_source: bool, threads: int | None, memory: int | None,
-    device: str, as_json: bool,
+    resume: bool, overwrite: bool, durable: bool, hash_source: bool, engine: str, threads: int | None,
+    memory: int | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
@@ -237,7 +248,7 @@ def convert(
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
     means = Means(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
-        hash_source=hash_source,
+        hash_source=hash_source, engine=engine,
     )  # fmt: skip
     if dry_run:
         if obstacle := refusal(planned, out, means):

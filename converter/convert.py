@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from omni_convert.converter.execute import Settings
 
+ENGINES = ("local", "ray")
+"""Who carries out a plan: this process, or a Ray cluster."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -97,6 +100,7 @@ def convert(
     overwrite: bool = False,
     resume: bool = False,
     hash_source: bool = False,
+    engine: str = "local",
     progress: bool = False,
     **choices: Unpack[Choices],
 ) -> Report:
@@ -106,14 +110,18 @@ def convert(
         source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
         out: a new or empty folder, or the unfinished output of this same job, which then goes on.
         quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
-        threads: default: the processors this process may use. The bytes do not depend on it.
-        memory: bytes that the run may take beyond the libraries; default: 12 MiB per thread, on a device 45, mostly.
+        threads: default: the processors this process may use; with ``ray``, of one task, default 1. The bytes do not
+            depend on it.
+        memory: bytes that the run (with ``ray``, a task) may take beyond the libraries; default: 12 MiB per thread, on
+            a device 45, mostly.
         device: what quantizes: ``cpu``, ``cuda``, ``cuda:N``, ``npu`` or ``npu:N``. The bytes do not depend on it.
         link: hard-link files that arrive unchanged.
         durable: have the disk confirm every file, so that a loss of power cannot take what looks complete.
         overwrite: replace what ``out`` holds, also the unfinished output of this job.
         resume: go on with unfinished output, and stop if there is none.
         hash_source: record the sha256 of every source file.
+        engine: who does the work: ``local``, this process, or ``ray``, the Ray cluster that RAY_ADDRESS names or that
+            runs on this machine.
         progress: show a progress bar on stderr (if it is a terminal).
         choices: in place of ``quantization`` a ``recipe`` (see ``read_recipe``), or a ``method`` with its options
             ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule``, ``quality`` and ``fused_scale`` as
@@ -131,7 +139,7 @@ def convert(
     started = time.perf_counter()
     means = Means(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
-        hash_source=hash_source,
+        hash_source=hash_source, engine=engine,
     )  # fmt: skip
     return run(plan(source, quantization, **choices), Path(out), means, progress=progress, started=started)
 
@@ -148,16 +156,21 @@ class Means:
     overwrite: bool = False
     resume: bool = False
     hash_source: bool = False
+    engine: str = ENGINES[0]
 
     def __post_init__(self) -> None:
         check_name(self.device)
+        if self.engine == "ray" and self.device != CPU:
+            raise UsageError(
+                f"--device {self.device}: --engine ray quantizes on processors only. Leave out one of the two."
+            )
 
     def settings(self, plan: Plan) -> Settings:
         """What ``execute`` takes, within the memory."""
         from omni_convert.converter.execute import Settings, fit
 
         settings = Settings(
-            threads=self.threads or processors(),
+            threads=self.threads or (1 if self.engine == "ray" else processors()),
             piece_bytes=PIECE_BYTES if self.device == CPU else DEVICE_PIECE_BYTES,
             device=self.device,
             link=self.link,
@@ -168,22 +181,23 @@ class Means:
 
 def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
     """Carry out a plan. ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``."""
-    from omni_convert.converter.execute import execute, on_device
+    from omni_convert.converter.execute import on_device
 
-    settings = on_device(plan, means.settings(plan))
+    execute, settings = _engine(means.engine), on_device(plan, means.settings(plan))
+    hashing_threads = processors() if means.engine == "ray" else settings.threads  # this process does that alone
     folder = _output_folder(plan, out, means)
     try:
         folder.check(linked=means.link)
         kept = sum(record.size for record in folder.records.values())
         with _progress_bar("check", kept, show=progress and kept > 0) as advance:
-            folder.take(settings.threads, advance)
+            folder.take(hashing_threads, advance)
         total = plan.bytes_before + plan.bytes_copied
         with _progress_bar("convert", total, show=progress) as advance:
             advance(total - _source_bytes(plan, folder.missing))
             execute(
                 plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
             )
-        _seal(plan, folder, settings.threads if means.hash_source else 0)
+        _seal(plan, folder, hashing_threads if means.hash_source else 0)
     except OSError as error:
         raise OmniConvertError(
             f"{error.filename or folder.path}: cannot be written ({error.strerror}). "
@@ -200,6 +214,20 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
         folder.stop(keep=True)
         raise
     return _report(plan, folder, time.perf_counter() - started)
+
+
+def _engine(name: str) -> Callable[..., None]:
+    """The ``execute`` of an engine."""
+    if name not in ENGINES:
+        raise UsageError(f"engine {name!r}: is not known, expected one of {', '.join(ENGINES)}.")
+    if name == "ray":
+        from omni_convert.converter import ray_cluster, ray_engine
+
+        ray_cluster.import_ray()  # before anything is written
+        return ray_engine.execute
+    from omni_convert.converter import execute
+
+    return execute.execute
 
 
 def refusal(plan: Plan, out: Path, means: Means) -> str | None:

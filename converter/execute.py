@@ -1,7 +1,8 @@
 """Carry out a plan: read rows, quantize, write. Memory is a few buffers per thread, whatever the checkpoint.
 
-The work on every file is cut into pieces of a few megabytes. Threads take them in order; system calls, hashing and the
-compiled kernels release the interpreter lock. What becomes of a piece goes straight to its place in the output.
+The work on every file is cut into pieces of a few megabytes. A thread takes those of one file in order, and helps with
+another's when none is left to begin; system calls, hashing and the compiled kernels release the interpreter lock. What
+becomes of a piece goes straight to its place in the output.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from omni_convert.converter.groups import Group, Groups
 from omni_convert.converter.jobs import Job, run_jobs
 from omni_convert.converter.layer_error import SUMS
 from omni_convert.converter.output import OutputFile
+from omni_convert.converter.parts import Part, whole_file
 from omni_convert.converter.pieces import copy_pieces, shard_pieces, smallest_piece
 from omni_convert.converter.plan import Plan
-from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 Record: TypeAlias = Callable[[str, FileRecord], None]
@@ -66,32 +67,36 @@ def execute(
     groups = Groups(plan, settings.piece_bytes, known)
     files: list[OutputFile] = []
 
-    def jobs() -> Iterator[Job]:
+    def begin() -> Iterator[Iterator[Job]]:
         for name in names:
-            writer = file_writer(plan, name, groups, settings)
+            writer = file_writer(plan, whole_file(plan, name), groups, settings)
             files.append(output_file(plan, out, name, writer, settings, record))
-            yield from writer.jobs(files[-1])
+            yield writer.jobs(files[-1])
 
     try:
-        run_jobs(jobs(), settings.threads, progress, device.workers(settings.device))
+        run_jobs(begin(), settings.threads, progress, device.workers(settings.device), groups.give_up)
     finally:
         for file in files:
             file.close()
 
 
-def file_writer(plan: Plan, name: str, groups: Groups, settings: Settings) -> FileWriter:
-    """What writes one file of the output, a shard or a file that arrives unchanged."""
-    if name in plan.shards:
-        component, shard = plan.shards[name]
-        return FileWriter(
-            SourceFile.of_shard(shard.source),
-            list(shard_pieces(shard, settings.piece_bytes)),
-            groups,
-            component=component,
-            header=shard.header,
-        )
-    source = plan.checkpoint.others[name]
-    return FileWriter(source, list(copy_pieces(source.size, settings.piece_bytes)), groups)
+def file_writer(plan: Plan, part: Part, groups: Groups, settings: Settings) -> FileWriter:
+    """What writes a part of the output, of a shard or of a file that arrives unchanged."""
+    if part.name not in plan.shards:
+        return FileWriter(part.source, list(copy_pieces(part.start, part.stop, settings.piece_bytes)), groups)
+    component, shard = plan.shards[part.name]
+    return FileWriter(
+        part.source,
+        list(shard_pieces(shard, settings.piece_bytes, part.start, part.stop)),
+        groups,
+        component=component,
+        header=shard.header if part.is_first else None,
+    )
+
+
+def output_size(plan: Plan, part: Part) -> int:
+    """Bytes of the output file to which a part belongs."""
+    return plan.shards[part.name][1].size if part.name in plan.shards else part.source.size
 
 
 def output_file(plan: Plan, out: Path, name: str, writer: FileWriter, settings: Settings, record: Record) -> OutputFile:

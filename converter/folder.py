@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.job import difference
 from omni_convert.converter.journal import Entries, Journal, read_journal
 from omni_convert.converter.layer_error import LayerError
-from omni_convert.converter.output import PARTIAL_SUFFIX
+from omni_convert.converter.output import partial_files, partial_path
 from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.layout import (
@@ -77,10 +77,11 @@ class OutputFolder:
     def errors(self) -> dict[tuple[str, str], LayerError]:
         """Of every quantized layer of the finished files, by component and layer, in the order of the plan."""
         return {
-            (component, layer): error
-            for name, (component, _) in self.plan.shards.items()
+            (component, tensor.layer): self.records[name].errors[tensor.layer]
+            for name, (component, shard) in self.plan.shards.items()
             if name in self.records
-            for layer, error in self.records[name].errors.items()
+            for tensor in shard.tensors
+            if tensor.layer in self.records[name].errors
         }
 
     @property
@@ -103,8 +104,8 @@ class OutputFolder:
         self._check_obstacles()
         self._check_contents()
         needed = self.plan.disk_bytes(linked=linked)
-        replaced = (*self.files, *self._stale, *(name + PARTIAL_SUFFIX for name in self.files))
-        reusable = sum(_freed_bytes(self.path / name) for name in replaced)
+        replaced = [self.path / name for name in (*self.files, *self._stale)]
+        reusable = sum(map(_freed_bytes, (*replaced, *self._partial_files())))
         free = shutil.disk_usage(_existing_parent(self.path)).free
         if needed > free + reusable:
             raise OmniConvertError(
@@ -143,7 +144,7 @@ class OutputFolder:
 
     def write(self, name: str, data: bytes) -> None:
         """A small file, at once under its final name or not at all."""
-        partial = self.path / (name + PARTIAL_SUFFIX)
+        partial = partial_path(self.path / name)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()
@@ -164,6 +165,8 @@ class OutputFolder:
             sync_folder(folder)
 
     def finish(self) -> None:
+        for path in self._partial_files():  # of workers that were lost
+            _remove(path)
         (self.path / MARKER_NAME).unlink()
         if self.durable:
             sync_folder(self.path)
@@ -200,7 +203,11 @@ class OutputFolder:
         for name in (*reversed(self.seals), *self._stale, *self.files):
             if name not in keep:
                 _remove(self.path / name)
-            _remove(self.path / (name + PARTIAL_SUFFIX))
+        for path in self._partial_files():
+            _remove(path)
+
+    def _partial_files(self) -> Iterator[Path]:
+        return partial_files([self.path / name for name in self.files])
 
     def _lock_marker(self) -> Entries | None:
         """Hold the marker until ``finish`` or ``stop``; the system lets go of it if this process dies.

@@ -23,8 +23,8 @@ Group: TypeAlias = tuple[str, str]
 
 
 class _Largest:
-    """One group. Its jobs come before any that waits for it; jobs are handed out in order, so whoever waits, waits
-    for jobs that other threads have already begun."""
+    """One group. Its jobs come before any of the same file that waits for it, and never wait themselves: whoever waits,
+    waits for threads that work."""
 
     def __init__(self) -> None:
         self.members: list[tuple[SourceFile, TensorPlan]] = []
@@ -69,6 +69,10 @@ class _Largest:
             self._known.wait()
         return self.value
 
+    def give_up(self) -> None:
+        """Let nobody wait any more: jobs that would end it are not handed out."""
+        self._known.set()
+
 
 class Groups:
     """Of every weight whose format needs it: the largest magnitude among those with which it shares a scale.
@@ -109,6 +113,11 @@ class Groups:
     def wait(self, group: Group) -> float | None:
         """The largest magnitude; None if some weight could not be read: the run is failing."""
         return self._groups[group].wait()
+
+    def give_up(self) -> None:
+        """Let nobody wait any more, since the run stops."""
+        for group in self._groups.values():
+            group.give_up()
 
     def shared(self, component: str, tensors: Sequence[TensorPlan]) -> dict[str, float]:
         """The magnitudes that these tensors of one file share with other files', by the group's name."""

@@ -70,22 +70,57 @@ class Job:
     counts: bool = True
 
 
-def run_jobs(
-    jobs: Iterator[Job], threads: int, progress: Callable[[int], None], make_worker: Callable[[], Worker] = Worker
-) -> None:
-    """Run the jobs in order on ``threads`` threads; the first error stops all of them and is raised.
+class _Files:
+    """Hands out the jobs of files, those of each in order.
 
-    The calling thread waits without a lock that others need: a signal may raise there at any moment.
+    A thread keeps to one file: file systems let one thread at a time write into a file, and its hash finds the bytes
+    in the processor's cache. A thread for which no file is left to begin helps with another's.
+    """
+
+    def __init__(self, files: Iterator[Iterator[Job]]) -> None:
+        self._files = files
+        self._begun: list[Iterator[Job]] = []
+
+    def next(self, mine: Iterator[Job] | None) -> tuple[Job, Iterator[Job]] | None:
+        """A job, and the file that the thread keeps to from now on; None if all are handed out."""
+        while True:
+            if mine is not None:
+                if (job := next(mine, None)) is not None:
+                    return job, mine
+                if mine in self._begun:
+                    self._begun.remove(mine)
+            if (mine := next(self._files, None)) is not None:
+                self._begun.append(mine)
+            elif self._begun:
+                mine = self._begun[0]
+            else:
+                return None
+
+
+def run_jobs(
+    files: Iterator[Iterator[Job]],
+    threads: int,
+    progress: Callable[[int], None],
+    make_worker: Callable[[], Worker] = Worker,
+    wake: Callable[[], None] = lambda: None,
+) -> None:
+    """Run the jobs of every file on ``threads`` threads; the first error stops all of them and is raised.
+
+    The calling thread waits without a lock that others need: a signal may raise there at any moment. ``wake``: called
+    when no more jobs are handed out, to end jobs that wait for others.
     """
     lock, stop = Lock(), Event()
+    queue = _Files(files)
     ends: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work(worker: Worker) -> None:
+        mine: Iterator[Job] | None = None
         while not stop.is_set():
             with lock:
-                job = next(jobs, None)
-            if job is None:
+                found = queue.next(mine)
+            if found is None:
                 return
+            job, mine = found
             job.run(worker)
             if job.counts:
                 with lock:
@@ -109,6 +144,7 @@ def run_jobs(
                 raise error
     finally:
         stop.set()
+        wake()
         for item in threads_:
             if item.ident is not None:
                 item.join()

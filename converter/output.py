@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import Lock
 
@@ -14,6 +15,22 @@ from omni_convert.formats.errors import OmniConvertError
 
 PARTIAL_SUFFIX = ".omni_convert.partial"
 """Marks a file that is not whole yet."""
+_ATTEMPT = re.compile(r"(.+?)(?:\.[0-9a-f]{8})?" + re.escape(PARTIAL_SUFFIX))
+
+
+def partial_path(path: Path, attempt: str = "") -> Path:
+    """Where a file is written until it is whole; ``attempt``: 8 hexadecimal digits, where others may write it too."""
+    return path.with_name(f"{path.name}{attempt and '.'}{attempt}{PARTIAL_SUFFIX}")
+
+
+def partial_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """What attempts to write ``paths`` left."""
+    wanted = set(paths)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        for item in folder.glob(f"*{PARTIAL_SUFFIX}"):
+            match = _ATTEMPT.fullmatch(item.name)
+            if match and folder / match[1] in wanted:
+                yield item
 
 
 class OutputFile:
@@ -30,13 +47,16 @@ class OutputFile:
         *,
         link_to: Path | None = None,
         durable: bool = False,
+        attempt: str = "",
         whole: Callable[[OutputFile], None] = lambda file: file.publish(),
     ) -> None:
         """``link_to``: a file of the same content to link to. ``durable``: the disk has every byte before the name.
 
-        ``whole``: called once, when all is written and hashed; gives the file its name.
+        ``attempt``: as ``partial_path`` takes it. ``whole``: called once, when all is written and hashed; gives the
+        file its name.
         """
         self.path = path
+        self.partial_path = partial_path(path, attempt)
         self._spans = sorted(spans)
         self.size = sum(self._spans[-1]) if self._spans else 0
         self._place = {offset: place for place, (offset, _) in enumerate(self._spans)}
@@ -45,6 +65,7 @@ class OutputFile:
         self._hash = hashlib.sha256()
         self._hashing = Lock()
         self._opening = Lock()
+        self._writing = Lock()
         self._fd: int | None = None
         self._link_to = link_to
         self._durable = durable
@@ -56,10 +77,6 @@ class OutputFile:
         """The digest, once the file is whole."""
         return self._hash.hexdigest() if self._next == len(self._spans) else None
 
-    @property
-    def partial_path(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL_SUFFIX)
-
     def write(self, offset: int, data: memoryview | bytes) -> None:
         """Write one piece, then hash what is ready. For a hard link the bytes are there already."""
         place = self._place[offset]
@@ -67,17 +84,25 @@ class OutputFile:
             raise AssertionError(f"{self.path}: {self._spans[place][1]} bytes belong at {offset}, got {len(data)}")
         fd = self._open()
         if self._link_to is None:
-            self._write_all(fd, memoryview(data), offset)
+            with self._writing:  # the file system lets one at a time in, and the others would spin
+                _write_all(self.path, fd, memoryview(data), offset)
         self._done[place] = True
         self._advance(place, data)
 
     def publish(self) -> None:
         """Give the file its name."""
+        self.finish()
+        try:
+            self.partial_path.replace(self.path)
+        except OSError as error:
+            raise self._error(error) from error
+
+    def finish(self) -> None:
+        """Close a file that is whole, for somebody else to name."""
         try:
             if self._durable and self._fd is not None:
                 os.fsync(self._fd)
             self.close()
-            self.partial_path.replace(self.path)
         except OSError as error:
             raise self._error(error) from error
 
@@ -102,20 +127,8 @@ class OutputFile:
                     raise self._error(error) from error
             return self._fd
 
-    def _write_all(self, fd: int, data: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(data):
-            try:
-                done += os.pwrite(fd, data[done:], offset + done)
-            except OSError as error:
-                raise self._error(error) from error
-
     def _error(self, error: OSError) -> OmniConvertError:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        remedy = "Free some space or choose another disk" if full else "Check the folder and its rights"
-        if self._link_to is not None:
-            remedy = "Hard links need source and output on one file system: leave out --link"
-        return OmniConvertError(f"{self.path}: cannot be written ({error.strerror}). {remedy}, then run again.")
+        return _unwritable(self.path, error, linked=self._link_to is not None)
 
     def _advance(self, place: int, data: memoryview | bytes) -> None:
         # A thread that finds the lock taken may leave: the holder looks again after releasing it.
@@ -142,3 +155,60 @@ class OutputFile:
             read_into(self._fd, self._back[:size], offset, self.partial_path)
             self._hash.update(self._back[:size])
         self._next += 1
+
+
+class PartFile:
+    """The place of one part in a file that several processes write, on several machines, each its own bytes.
+
+    It is open for writing only, and has its size from the first moment. Otherwise an NFS client that is given some of
+    the bytes of a page reads the others, or takes them for zeros behind the end, and may send the whole page over what
+    another machine wrote there meanwhile.
+    """
+
+    def __init__(self, path: Path, attempt: str, size: int, *, durable: bool) -> None:
+        """``path``: of the file when it is whole; ``size``: its bytes; ``attempt``: as ``partial_path`` takes it."""
+        self.path = path
+        self._durable = durable
+        self._fd: int | None = None
+        try:
+            self._fd = os.open(partial_path(path, attempt), os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            self.close()
+            raise _unwritable(path, error) from error
+
+    def write(self, offset: int, data: memoryview | bytes) -> None:
+        assert self._fd is not None
+        _write_all(self.path, self._fd, memoryview(data), offset)
+
+    def finish(self) -> None:
+        """Close the file; whoever opens it from now on finds these bytes. What a network could not write shows here."""
+        try:
+            if self._durable and self._fd is not None:
+                os.fsync(self._fd)
+            self.close()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        """Close a file that stays as it is: for a run that stops."""
+        if self._fd is not None:
+            fd, self._fd = self._fd, None
+            os.close(fd)
+
+
+def _write_all(path: Path, fd: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError, *, linked: bool = False) -> OmniConvertError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "Free some space or choose another disk" if full else "Check the folder and its rights"
+    if linked:
+        remedy = "Hard links need source and output on one file system: leave out --link"
+    return OmniConvertError(f"{path}: cannot be written ({error.strerror}). {remedy}, then run again.")

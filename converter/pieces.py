@@ -6,6 +6,7 @@ rows of a large weight, or many small tensors: reading and writing them costs as
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -69,8 +70,8 @@ class _Cut(NamedTuple):
     is_whole: bool
 
 
-def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
-    """All of a shard but its header, in the order of the source."""
+def shard_pieces(shard: ShardPlan, piece_bytes: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[Piece]:
+    """All of a shard but its header, or what lies between two offsets in the source; in the order of the source."""
     offsets, end = {}, len(shard.header)
     for name, spec in shard.layout.items():
         offsets[name] = end
@@ -78,7 +79,7 @@ def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
     waiting: list[_Cut] = []
     size = 0
     for tensor in shard.tensors:
-        for cut in _cuts(tensor, piece_bytes):
+        for cut in _cuts(tensor, piece_bytes, start, stop):
             if waiting and size + cut.size > piece_bytes:
                 yield _piece(waiting, offsets)
                 waiting, size = [], 0
@@ -88,16 +89,16 @@ def shard_pieces(shard: ShardPlan, piece_bytes: int) -> Iterator[Piece]:
         yield _piece(waiting, offsets)
 
 
-def copy_pieces(size: int, piece_bytes: int) -> Iterator[Piece]:
-    """A file that arrives unchanged; an empty one is a piece of nothing."""
-    for start in range(0, max(size, 1), piece_bytes):
-        span = Region(start, min(piece_bytes, size - start), 0)
-        yield Piece(start=start, size=span.size, slices=(), spans=(span,), copies=True)
+def copy_pieces(start: int, stop: int, piece_bytes: int) -> Iterator[Piece]:
+    """Bytes of a file that arrives unchanged; an empty one is a piece of nothing."""
+    for offset in range(start, max(stop, start + 1), piece_bytes):
+        span = Region(offset, min(piece_bytes, stop - offset), 0)
+        yield Piece(start=offset, size=span.size, slices=(), spans=(span,), copies=True)
 
 
-def weight_pieces(tensor: TensorPlan, piece_bytes: int) -> Iterator[Piece]:
-    """The rows of a weight, to be read without writing anything."""
-    for cut in _cuts(tensor, piece_bytes):
+def weight_pieces(tensor: TensorPlan, piece_bytes: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[Piece]:
+    """The rows of a weight (between two offsets in the source), to be read without writing anything."""
+    for cut in _cuts(tensor, piece_bytes, start, stop):
         yield _piece([cut], None)
 
 
@@ -114,14 +115,16 @@ def smallest_piece(tensor: TensorPlan) -> int:
     return unit_bytes(tensor) * min(tensor.decision.format.rows_per_scale, tensor.source.spec.shape[0])
 
 
-def _cuts(tensor: TensorPlan, piece_bytes: int) -> Iterator[_Cut]:
+def _cuts(tensor: TensorPlan, piece_bytes: int, start: int, stop: int) -> Iterator[_Cut]:
     unit = unit_bytes(tensor)
-    units = tensor.source.spec.nbytes // unit
+    begin = tensor.source.start
+    first, last = max(start - begin, 0) // unit, min(stop - begin, tensor.source.spec.nbytes) // unit
     together = tensor.decision.format.rows_per_scale if tensor.decision.format else 1
     step = max(1, piece_bytes // (unit * together)) * together
-    for start in range(0, units, step):
-        stop = min(start + step, units)
-        yield _Cut(tensor, start, stop, (stop - start) * unit, stop - start == units)
+    whole = tensor.source.spec.nbytes // unit
+    for row in range(first, last, step):
+        end = min(row + step, last)
+        yield _Cut(tensor, row, end, (end - row) * unit, end - row == whole)
 
 
 def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, int] | None) -> Piece:

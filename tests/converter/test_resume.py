@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +39,16 @@ def source(tmp_path: Path) -> Path:
     return write_pipeline(tmp_path / "model")
 
 
-def stopped(out: Path, *, after: int | None = None) -> Callable[[Iterator[Job], int, object, object], None]:
+def stopped(out: Path, *, after: int | None = None) -> Callable[..., None]:
     """A stand-in for ``run_jobs`` that ends in the middle: when one shard is whole, or after some jobs."""
 
-    def run_jobs(jobs: Iterator[Job], threads: int, progress: object, make_worker: object) -> None:
+    def run_jobs(files: Iterator[Iterator[Job]], *_: object) -> None:
         worker = Worker()
-        for place, job in enumerate(jobs):
-            if place == after or (after is None and (out / SHARDS[0]).exists()):
-                job.run(worker)
-                raise KeyboardInterrupt
+        for place, job in enumerate(chain.from_iterable(files)):
+            whole = (out / SHARDS[0]).exists()
             job.run(worker)
+            if place == after or (after is None and whole):
+                raise KeyboardInterrupt
 
     return run_jobs
 
