@@ -15,7 +15,9 @@ from hostile.small import QWEN_CONFIG, qwen_shards, write_sharded
 from omni_convert.converter.convert import convert
 from omni_convert.converter.groups import Groups
 from omni_convert.converter.jobs import Job, Worker, run_jobs
+from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.header import read_header
 
 
 def jobs(name: str, count: int, run: Callable[[str, int], None]) -> Iterator[Job]:
@@ -60,6 +62,8 @@ def test_nobody_waits_for_a_file_that_failed(tmp_path: Path, monkeypatch: pytest
     name = "transformer_blocks.0.attn.to_k.weight"
     second[name] = first.pop(name)  # measured with the first shard, needed by both
     source = write_sharded(tmp_path / "model", [first, second], QWEN_CONFIG)
+    path = source / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    place = read_header(path).tensors[name].start
     waiting = threading.Event()
     wait, read = Groups.wait, Worker.read
 
@@ -68,10 +72,10 @@ def test_nobody_waits_for_a_file_that_failed(tmp_path: Path, monkeypatch: pytest
             waiting.set()
         return wait(self, group)
 
-    def fail(self: Worker, file: object, start: int, size: int) -> memoryview:
-        if threading.current_thread().name.endswith("0") and waiting.wait(5):
+    def fail(self: Worker, file: SourceFile, start: int, size: int) -> memoryview:
+        if file.path == path and start >= place and waiting.wait(5):  # measured before it is converted
             raise OmniConvertError("a disk failed")
-        return read(self, file, start, size)  # type: ignore[arg-type]
+        return read(self, file, start, size)
 
     monkeypatch.setattr(Groups, "wait", note)
     monkeypatch.setattr(Worker, "read", fail)
