@@ -227,8 +227,14 @@ def _with_other_files(root: Path, kind: str, components: tuple[Component, ...]) 
     return Checkpoint(root=root, kind=kind, components=components, others=others, left_out=left_out)
 
 
+def _refuse_unreadable(error: OSError) -> None:
+    raise OmniConvertError(
+        f"{error.filename}: cannot be read ({error.strerror}). Check its rights: what lies in it belongs to the model."
+    ) from error
+
+
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=_refuse_unreadable):
         subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
         for name in subfolders:
             if (Path(folder) / name).is_symlink():

@@ -66,10 +66,13 @@ class _DefaultGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Errors that the user can act on become one paragraph and an exit status; a signal, a tidy end."""
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.default_int_handler)
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, _interrupt)
         try:
             return super().invoke(ctx)
+        except PermissionError as error:
+            raise _Failure(f"{error.filename}: cannot be read ({error.strerror}). Check its rights.") from error
         except UsageError as error:
             raise _WrongUsage(str(error)) from error
         except OmniConvertError as error:
@@ -91,6 +94,20 @@ class _DefaultGroup(click.Group):
         rows = [(name, cmd.get_short_help_str(90)) for name, cmd in self.commands.items() if name != self.default]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _interrupt(*_: object) -> None:
+    """The first signal ends the run; those that follow must not disturb it while it tidies up."""
+    for number in _SIGNALS:
+        signal.signal(number, _overhear)
+    raise KeyboardInterrupt
+
+
+def _overhear(*_: object) -> None:
+    """What SIG_IGN does, also for a signal that came at the same moment."""
 
 
 @click.group(cls=_DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,16 @@ from omni_convert.converter.checkpoint import open_checkpoint
 from omni_convert.converter.device import CPU, DEVICE_PIECE_BYTES, check_name
 from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, total_size
-from omni_convert.converter.job import job_identity
+from omni_convert.converter.job import difference, job_identity
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Choices, make_recipe
+from omni_convert.converter.source import SourceFile
 from omni_convert.converter.tables import mean_db
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError, SourceError, UsageError
-from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME
 from omni_convert.formats.quant_config import Spec
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from omni_convert.converter.execute import Settings
 
+DEFAULT_MEMORY = 400 << 20
 ENGINES = ("local", "ray")
 """Who carries out a plan: this process, or a Ray cluster."""
 
@@ -176,7 +178,7 @@ class Means:
             link=self.link,
             durable=self.durable,
         )
-        return settings if self.memory is None else fit(plan, settings, self.memory)
+        return fit(plan, settings, DEFAULT_MEMORY if self.memory is None else self.memory)
 
 
 def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
@@ -209,7 +211,8 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
     except OmniConvertError as error:
         raise type(error)(f"{error}{folder.stop(keep=True)}") from error.__cause__
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(folder.stop(keep=True)) from None
+        before = " What was finished before is kept." if folder.records else ""
+        raise KeyboardInterrupt(folder.stop(keep=True) or before) from None
     except BaseException:
         folder.stop(keep=True)
         raise
@@ -237,7 +240,7 @@ def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     try:
         on_device(plan, means.settings(plan))
         _output_folder(plan, out, means).check(linked=means.link)
-    except OmniConvertError as error:
+    except (OmniConvertError, OSError) as error:
         return str(error)
     return None
 
@@ -273,6 +276,18 @@ def _source_bytes(plan: Plan, names: Iterable[str]) -> int:
     return sum(sizes[name] for name in names)
 
 
+def _check_source(plan: Plan, job: Mapping[str, Any]) -> None:
+    """Raises:
+    SourceError: a file of the source is not what it was when the run began.
+    """
+    for _, shard in plan.shards.values():
+        SourceFile.of_shard(shard.source).check()
+    for file in plan.checkpoint.others.values():
+        file.check()
+    if reason := difference(job, job_identity(plan)):
+        raise SourceError(f"{plan.checkpoint.root}: changed during the run: {reason}. Run again.")
+
+
 def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
     """Write what makes the folder loadable, the most telling file last. ``hashing_threads``: for the source, or 0."""
     texts: dict[str, bytes] = {}
@@ -281,11 +296,13 @@ def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
         if component.shards.index_name:
             texts[component.relative(component.shards.index_name)] = part.index_bytes
         texts[component.relative(CONFIG_NAME)] = part.config_bytes
-    if plan.checkpoint.kind == "pipeline":
-        texts[PIPELINE_INDEX] = (plan.checkpoint.root / PIPELINE_INDEX).read_bytes()
+    texts |= {
+        name: plan.checkpoint.others[name].path.read_bytes() for name in folder.seals if name in plan.checkpoint.others
+    }
     files = {name: (record.sha256, record.size) for name, record in folder.records.items()}
     files |= {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}
     texts[MANIFEST_NAME] = manifest_bytes(plan, files, folder.errors, hashing_threads=hashing_threads)
+    _check_source(plan, folder.job)
     folder.sync()
     for name in folder.seals:
         folder.write(name, texts[name])

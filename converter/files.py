@@ -30,6 +30,12 @@ def parse_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix) + 1 if prefix else 0))
 
 
+def sync_file(path: Path) -> None:
+    """Have the disk know the content of a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Have the disk know the names in a folder."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.file_writer import FileRecord
-from omni_convert.converter.files import sync_folder
+from omni_convert.converter.files import sync_file, sync_folder
 from omni_convert.converter.groups import Group
 from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.job import difference
@@ -67,6 +67,7 @@ class OutputFolder:
         self._made: list[Path] = []
         self._lock: int | None = None
         self._journal: Journal | None = None
+        self._sealed = False
 
     @property
     def missing(self) -> list[str]:
@@ -130,6 +131,8 @@ class OutputFolder:
             _log.warning("%s: %s It is written again.", self.path / name, problem)
             del self.records[name]
         self._remove_files(keep=self.records)
+        for name in self.records if self.durable else ():
+            sync_file(self.path / name)
         assert self._lock is not None
         self._journal = Journal(self._lock, durable=self.durable)
         self._journal.begin(self.job, found)
@@ -167,6 +170,7 @@ class OutputFolder:
     def finish(self) -> None:
         for path in self._partial_files():  # of workers that were lost
             _remove(path)
+        self._journal, self._sealed = None, True  # whatever happens now, it is whole
         (self.path / MARKER_NAME).unlink()
         if self.durable:
             sync_folder(self.path)
@@ -174,13 +178,14 @@ class OutputFolder:
 
     def stop(self, *, keep: bool) -> str:
         """For a run that ends early: remove what is not whole, and if not ``keep`` the rest too. Says what is kept."""
-        if self._journal is None:  # not taken: nothing here is ours
+        if self._journal is None:  # not taken, or sealed: nothing here is ours to remove
             self._unlock()
-            return ""
+            return f" {self.path} is complete." if self._sealed else ""
         kept = self.records if keep else {}
-        self._remove_files(keep=kept)
-        if not kept:
-            self._remove_empty()
+        with suppress(OSError):  # what cannot be removed must not hide why the run ended
+            self._remove_files(keep=kept)
+            if not kept:
+                self._remove_empty()
         self._unlock()
         count = len(self.files) - len(self.seals)
         return (
@@ -229,15 +234,16 @@ class OutputFolder:
             _log.warning("%s: cannot be locked (%s): see to it that no second run writes there", self.path, error)
         ours = marker.exists() and os.path.samestat(marker.stat(), os.fstat(self._lock))
         others = len(list(self.path.iterdir())) > (1 if ours else 0)
-        if not ours or (not unfinished and not self.overwrite and others):
-            if ours:
-                marker.unlink()  # somebody finished here after we had looked
+        entries = None if self.overwrite or not ours else self._own_entries(marker)
+        if not ours or (not self.overwrite and others and (entries is None or not unfinished)):
+            if ours and not read_journal(marker).size:
+                marker.unlink()  # made by us: somebody finished here after we had looked
             self._unlock()
             raise OmniConvertError(
                 f"{self.path}: was written by another run just now. Look at it, choose another folder, or pass "
                 "--overwrite."
             )
-        return None if self.overwrite else self._own_entries(marker)
+        return entries
 
     def _own_entries(self, marker: Path) -> Entries | None:
         """What the journal says, if it is this job's."""
@@ -294,7 +300,12 @@ class OutputFolder:
         found = read_journal(marker)
         if found.job is None and len(list(self.path.iterdir())) == 1:
             return  # killed while the marker was written: nothing else has happened yet
-        if reason := difference(found.job or {}, self.job):
+        if found.job is None:
+            raise OmniConvertError(
+                f"{self.path}: holds files beside an empty {MARKER_NAME}, expected an empty or new folder. Choose "
+                "another, or pass --overwrite."
+            )
+        if reason := difference(found.job, self.job):
             raise OmniConvertError(
                 f"{self.path}: holds the unfinished output of another job: {reason}. Finish that one, choose another "
                 "folder, or begin anew with --overwrite."
@@ -314,7 +325,10 @@ class OutputFolder:
         """Files of an earlier conversion that this one does not replace; weights of others are not touched."""
         manifest = self.path / MANIFEST_NAME
         earlier = read_json(manifest).get("files") if manifest.is_file() else None
-        names = earlier if isinstance(earlier, dict) else {}
+        names = dict(earlier) if isinstance(earlier, dict) else {}
+        if (self.path / MARKER_NAME).is_file():
+            with suppress(OmniConvertError):  # a damaged journal names nothing
+                names |= read_journal(self.path / MARKER_NAME).files
         if not (self.path / MARKER_NAME).is_file():
             self._check_weights_are_ours(names)
         stale = [name for name in names if name not in self.files and all(map(is_plain_name, name.split("/")))]
@@ -334,9 +348,15 @@ def _seal_names(plan: Plan) -> list[str]:
     """Files that make the folder loadable, in the order in which they are written."""
     components = [part.component for part in plan.components]
     names = [MANIFEST_NAME]
+    names += [name for name in plan.checkpoint.others if _seals_component(name)]
     names += [item.relative(item.shards.index_name) for item in components if item.shards.index_name]
     names += [item.relative(CONFIG_NAME) for item in components]
     return names + ([PIPELINE_INDEX] if plan.checkpoint.kind == "pipeline" else [])
+
+
+def _seals_component(name: str) -> bool:
+    """Whether a file that arrives unchanged makes a component look complete."""
+    return name.endswith((f"/{CONFIG_NAME}", ".safetensors.index.json"))
 
 
 def _holder(marker: Path) -> str:

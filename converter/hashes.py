@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 PIECE_BYTES = 4 << 20
 
@@ -30,11 +30,13 @@ def file_problems(
         expected: relative path -> size and sha256.
         progress: receives bytes as they are read; called by one thread at a time.
     """
-    lock = Lock()
+    lock, stop = Lock(), Event()
 
     def advance(count: int) -> None:
         with lock:
             progress(count)
+        if stop.is_set():
+            raise CancelledError
 
     def problem(name: str) -> str | None:
         path, (size, sha256) = root / name, expected[name]
@@ -46,5 +48,9 @@ def file_problems(
         return None if file_sha256(path, advance) == sha256 else "its sha256 differs: the content changed."
 
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(expected, pool.map(problem, expected), strict=True))
+        try:
+            found = dict(zip(expected, pool.map(problem, expected), strict=True))
+        except BaseException:  # an interrupt need not wait for the end of a large file
+            stop.set()
+            raise
     return {name: text for name, text in found.items() if text}

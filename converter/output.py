@@ -29,7 +29,8 @@ def partial_files(paths: Iterable[Path]) -> Iterator[Path]:
     for folder in dict.fromkeys(path.parent for path in paths):
         for item in folder.glob(f"*{PARTIAL_SUFFIX}"):
             match = _ATTEMPT.fullmatch(item.name)
-            if match and folder / match[1] in wanted:
+            stem = folder / item.name.removesuffix(PARTIAL_SUFFIX)  # may itself end like an attempt
+            if stem in wanted or (match and folder / match[1] in wanted):
                 yield item
 
 
@@ -117,10 +118,10 @@ class OutputFile:
         with self._opening:
             if self._fd is None:
                 try:
+                    self.partial_path.unlink(missing_ok=True)  # never truncated: it may be a link to the source
                     if self._link_to is None:
-                        self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                        self._fd = os.open(self.partial_path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                     else:
-                        self.partial_path.unlink(missing_ok=True)
                         os.link(self._link_to.resolve(), self.partial_path)  # the file, not a link to it
                         self._fd = os.open(self.partial_path, os.O_RDONLY)
                 except OSError as error:
@@ -134,9 +135,10 @@ class OutputFile:
         # A thread that finds the lock taken may leave: the holder looks again after releasing it.
         while self._ready() and self._hashing.acquire(blocking=False):
             try:
+                before = self._next
                 while self._ready():
                     self._hash_next(place, data)
-                if self._next == len(self._spans):
+                if before < self._next == len(self._spans):
                     self._whole(self)
             finally:
                 self._hashing.release()

@@ -331,7 +331,7 @@ def _plan_component(view: View) -> ComponentPlan:
                 scale_group=view.scale_group(name),
                 input_scale=recipe.input_scale(component.name, name.removesuffix(".weight")),
             )
-            for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].start)
+            for name, tensor in sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].spec.nbytes))
         )
         layout = aligned_order({name: spec for tensor in tensors for name, spec in tensor.outputs.items()})
         encoded = encode_header(layout, header.metadata or {"format": "pt"})

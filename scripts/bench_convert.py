@@ -7,7 +7,8 @@
 Writes a BF16 checkpoint of Qwen-Image block shapes (hidden 3072, MLP 12288) in shards of about 1 GB, so that it is in
 the page cache, and converts small ones, so that the compiled kernels are on disk. Then, in every round, each conversion
 runs right after a copy of the checkpoint; `of cp` is the median of the rounds' ratios. Every run is a new process, so
-start-up, imports and hashing count. Rows that do not say `balanced` are `--quality fast`.
+start-up, imports and hashing count. Rows that do not say `balanced` are `--quality fast`. All have --no-default-ignore:
+every method quantizes every matrix, though by default fp8 keeps some in BF16.
 
 `--durable` is measured beside `cp -r` and `sync` of every file and folder that it wrote: fsync of each, which waits for
 these files only (`sync -f` would wait for whatever else the file system has to write).
@@ -47,6 +48,7 @@ from bench_tools import (
 
 from omni_convert.formats import make_format
 
+ALL = [*CONVERT, "--no-default-ignore"]
 FORMATS = {
     "int8": ["--method", "int8"],
     "fp8": ["--method", "fp8"],
@@ -88,12 +90,12 @@ def copies() -> dict[str, Row]:
 
 
 def conversions() -> list[Row]:
-    rows = [Row(name, [*CONVERT, *options]) for name, options in FORMATS.items()]
+    rows = [Row(name, [*ALL, *options]) for name, options in FORMATS.items()]
     for name, options in FORMATS.items():
         choice = dict(zip(("method", "granularity"), options[1::2], strict=False))
         if make_format(**choice, quality="balanced").is_searched:
-            rows.append(Row(f"{name} balanced", [*CONVERT, *options, "--quality", "balanced"]))
-    return [*rows, Row("int8 --durable", [*CONVERT, *FORMATS["int8"], "--durable"], beside=SYNCED)]
+            rows.append(Row(f"{name} balanced", [*ALL, *options, "--quality", "balanced"]))
+    return [*rows, Row("int8 --durable", [*ALL, *FORMATS["int8"], "--durable"], beside=SYNCED)]
 
 
 def peers(python: str) -> list[Row]:
@@ -155,7 +157,7 @@ def table(rows: Sequence[Row], total: int) -> str:
     for row in rows:
         if not row.usages:
             continue
-        wall, cpu, anonymous, resident = median(row.usages)
+        wall, cpu, _, anonymous, resident = median(row.usages)
         key = tuple(row.imports)
         if key and key not in baselines:
             baselines[key] = run(key).anonymous

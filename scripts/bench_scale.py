@@ -3,8 +3,9 @@
     python scripts/bench_scale.py
     python scripts/bench_scale.py linearity memory --sizes 1,2,4,8 --method fp8 --granularity channel
 
-linearity   one checkpoint of Qwen-Image shapes and its first shards alone; how far each is from the straight line
-            that fits all of them best
+linearity   one checkpoint of Qwen-Image shapes and its first shards alone, each right after `cp -r` of it; how far
+            the process's own CPU time is from the straight line that fits best (the system's depends on what
+            fresh memory costs it at the moment, for `cp` too)
 tensors     few large and many small tensors of the same bytes, each beside `cp -r` of the same folder
 memory      one huge tensor (of a sparse file, which holds zeros and takes no room) and 10,000 small ones
 start       `--help`, and a model of 10 MB with and without compiled kernels on disk; which heavy libraries it imports
@@ -59,7 +60,7 @@ def once(command: Sequence[str], model: Path, out: Path) -> Usage:
 def linearity(work: Path, convert: Sequence[str], arguments: argparse.Namespace) -> str:
     sizes = sorted(arguments.sizes)
     whole = work / "whole"
-    write_checkpoint(whole, qwen_image(sizes[-1], arguments.hidden), shard_bytes=1e9 * sizes[0])
+    write_checkpoint(whole, qwen_image(sizes[-1], arguments.hidden), shard_bytes=1e9 * sizes[0], whole_blocks=True)
     shards = len(list(whole.glob("*.safetensors")))
     models = {}
     for size in sizes:
@@ -67,21 +68,21 @@ def linearity(work: Path, convert: Sequence[str], arguments: argparse.Namespace)
         models[model] = link_shards(whole, model, max(1, round(shards * size / sizes[-1]))) / 1e9
     os.sync()
     usages: dict[Path, list[Usage]] = {model: [] for model in models}
+    ratios: dict[Path, list[float]] = {model: [] for model in models}
     for _ in range(arguments.runs):
         for model, found in usages.items():
+            copied = once(["cp", "-r"], model, work / "copy")
             found.append(once(convert, model, work / "out"))
+            ratios[model].append(found[-1].wall / copied.wall)
     medians = [median(found) for found in usages.values()]
-    columns = []
-    for values in ([usage.wall for usage in medians], [usage.cpu for usage in medians]):
-        slope, start = np.polyfit(list(models.values()), values, 1)
-        off = [100 * (value / (start + slope * size) - 1) for size, value in zip(models.values(), values, strict=True)]
-        columns.append([f"{slope:.3f} x GB + {start:.2f}", *(f"{share:+.1f}" for share in off)])
+    slope, start = np.polyfit(list(models.values()), [usage.user for usage in medians], 1)
     rows = [
-        (f"{size:.2f} GB", f"{usage.wall:.2f}", wall, f"{usage.wall / size:.3f}", f"{usage.cpu:.2f}", cpu)
-        for size, usage, wall, cpu in zip(models.values(), medians, columns[0][1:], columns[1][1:], strict=True)
-    ]
-    lines = f"Lines: wall s = {columns[0][0]}, CPU s = {columns[1][0]}."
-    return f"{markdown(('', 'wall s', 'off line, %', 'wall s/GB', 'CPU s', 'off line, %'), rows)}\n\n{lines}"
+        (f"{size:.2f} GB", f"{usage.wall:.2f}", f"{usage.wall / size:.3f}", f"{np.median(ratios[model]):.2f}",
+         f"{usage.cpu:.2f}", f"{usage.user:.2f}", f"{100 * (usage.user / (start + slope * size) - 1):+.1f}")
+        for (model, size), usage in zip(models.items(), medians, strict=True)
+    ]  # fmt: skip
+    table = markdown(("", "wall s", "wall s/GB", "of cp", "CPU s", "user CPU s", "off line, %"), rows)
+    return f"{table}\n\nLine: user CPU s = {slope:.3f} x GB + {start:.2f}."
 
 
 def tensors(work: Path, convert: Sequence[str], arguments: argparse.Namespace) -> str:

@@ -35,10 +35,14 @@ _SAMPLE_SECONDS = 0.005
 
 
 class Usage(NamedTuple):
-    """What a process took. ``anonymous``: peak of its own memory; ``resident``: with the files that it maps; MiB."""
+    """What a process took. ``user``: what of ``cpu`` is its own, the rest the system's (page cache, files).
+
+    ``anonymous``: peak of its own memory; ``resident``: with the files that it maps; MiB.
+    """
 
     wall: float
     cpu: float
+    user: float
     anonymous: float
     resident: float
 
@@ -64,21 +68,25 @@ def equal_layers(count: int, gigabytes: float) -> Iterator[tuple[str, tuple[int,
             yield f"transformer_blocks.{block}.{layer}.weight", (max(1, round(numel / columns)), columns)
 
 
-def write_checkpoint(folder: Path, matrices: Matrices, *, shard_bytes: float = 1e9, sparse: bool = False) -> int:
+def write_checkpoint(
+    folder: Path, matrices: Matrices, *, shard_bytes: float = 1e9, sparse: bool = False, whole_blocks: bool = False
+) -> int:
     """A Qwen-Image transformer folder in shards of about that size; returns its weight bytes.
 
     Weights are normally distributed, cut from one pool at random places. ``sparse``: they are all zero, and take no
-    room on disk.
+    room on disk. ``whole_blocks``: a shard ends with a block, so that the first shards are a checkpoint too.
     """
     folder.mkdir(parents=True)
     shards: list[dict[str, TensorSpec]] = [{}]
-    size = 0
+    size, last = 0, ""
     for name, shape in matrices:
-        if size >= shard_bytes:
+        block = name.split(".")[1]
+        if size >= shard_bytes and (not whole_blocks or block != last):
             shards.append({})
             size = 0
         shards[-1][name] = TensorSpec("BF16", shape)
         size += shards[-1][name].nbytes
+        last = block
     pool = None if sparse else _normal_bf16(max(spec.numel for shard in shards for spec in shard.values()) + 4096)
     weight_map = {}
     for number, shard in enumerate(shards, 1):
@@ -148,7 +156,8 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
         thread.join()
     if status:
         raise CommandError(f"status {process.returncode}: {' '.join(''.join(errors[-3:]).split())[-300:]}")
-    return Usage(wall, usage.ru_utime + usage.ru_stime, peak["RssAnon"] / 1024, peak["VmHWM"] / 1024)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Usage(wall, cpu, usage.ru_utime, peak["RssAnon"] / 1024, peak["VmHWM"] / 1024)
 
 
 def _sample(pid: int, peak: dict[str, int], stop: threading.Event) -> None:
