@@ -230,7 +230,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
     help="Worker threads; default: all processors. With ray: of every task; default: 1.",
 )
 @click.option(
-    "--memory", callback=_size, metavar="SIZE", help="Limit of the run's memory beyond libraries: 100M, 1GiB."
+    "--memory", callback=_size, metavar="SIZE", help="Limit of the run's memory beyond libraries (default: 400MiB)."
 )
 @click.option(
     "--device", default="cpu", metavar="DEVICE", help="Quantize on cuda, cuda:N, npu or npu:N; the bytes are the same."

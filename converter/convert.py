@@ -114,8 +114,8 @@ def convert(
         quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
         threads: default: the processors this process may use; with ``ray``, of one task, default 1. The bytes do not
             depend on it.
-        memory: bytes that the run (with ``ray``, a task) may take beyond the libraries; default: 12 MiB per thread, on
-            a device 45, mostly.
+        memory: bytes that the run (with ``ray``, a task) may take beyond the libraries; default 400 MiB, of which it
+            takes 12 for each thread, on a device 45, mostly.
         device: what quantizes: ``cpu``, ``cuda``, ``cuda:N``, ``npu`` or ``npu:N``. The bytes do not depend on it.
         link: hard-link files that arrive unchanged.
         durable: have the disk confirm every file, so that a loss of power cannot take what looks complete.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-import subprocess
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from hostile.small import (
     random,
     snapshot,
     write_json,
-    write_model,
     write_pipeline,
     write_weights,
 )
@@ -146,30 +143,6 @@ def test_disk_that_is_just_large_enough(source: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**9, 10**9 - shards, shards))
     to_int8(source, tmp_path / "linked", link=True)
     refused(source, tmp_path / "copied again", "--link")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 256 kB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(mount)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
-def test_disk_that_fills_up_during_the_run(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = write_model(tmp_path / "model", {}, {f"blocks.{n}.ff.weight": random(256, 256) for n in range(6)})
-    refused_before = snapshot(source)
-    with pytest.raises(OmniConvertError, match="the disk has"):
-        to_int8(source, small_disk / "out")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: DiskUsage(10**9, 0, 10**9))
-    with pytest.raises(OmniConvertError, match=r"cannot be written \(No space left"):
-        to_int8(source, small_disk / "out")
-    assert snapshot(source) == refused_before
-    assert not any(small_disk.iterdir())
 
 
 def test_failed_run_gives_back_an_empty_folder(source: Path, tmp_path: Path) -> None:
