@@ -201,10 +201,11 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
             )
         _seal(plan, folder, hashing_threads if means.hash_source else 0)
     except OSError as error:
-        raise OmniConvertError(
-            f"{error.filename or folder.path}: cannot be written ({error.strerror}). "
-            f"Check the folder, its rights and the free space, then run again.{folder.stop(keep=True)}"
-        ) from error
+        path = Path(error.filename or folder.path)
+        remedy = "cannot be written ({}). Check the folder, its rights and the free space, then run again."
+        if path.is_relative_to(plan.checkpoint.root):
+            remedy = "cannot be read ({}). Check the file and its rights, then run again."
+        raise OmniConvertError(f"{path}: {remedy.format(error.strerror)}{folder.stop(keep=True)}") from error
     except SourceError:
         folder.stop(keep=False)
         raise

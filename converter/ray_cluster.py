@@ -26,6 +26,8 @@ _OBJECT_STORE_BYTES = 128 << 20
 """Of a cluster of our own: the plan goes through it, weights do not."""
 _SECONDS_BETWEEN_LOOKS = 1
 _SECONDS_TO_CANCEL = 30
+_SECONDS_TO_LOOK = 60
+"""Without any result, whether a node is left that could end one: time for a lost one to be replaced."""
 _SECONDS_TO_ANSWER = 10
 
 _log = logging.getLogger(__name__)
@@ -190,7 +192,7 @@ def run_calls(ray: Any, calls: deque[Call], threads: int) -> None:
                     remote[call.function] = ray.remote(**options)(call.function)
                 ref = remote[call.function].options(name=call.name).remote(*call.arguments)
                 running[ref] = call
-            done, _ = ray.wait(list(running), num_returns=1)
+            done, _ = ray.wait(list(running), num_returns=1, timeout=_SECONDS_TO_LOOK)
             for ref in done:
                 call = running.pop(ref)
                 call.then(_result(ray, ref, call))

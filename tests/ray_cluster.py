@@ -40,6 +40,10 @@ class Nodes:
         """The processes of the second node that run tasks."""
         return children(self.second.all_processes["raylet"][0].process.pid)
 
+    def all_workers(self) -> list[int]:
+        """Those of both nodes: one that was just begun may come too late for a short run."""
+        return children(self._cluster.head_node.all_processes["raylet"][0].process.pid) + self.workers()
+
     def lose_second(self) -> None:
         """SIGKILL for the node's raylet and everything below it."""
         raylet = self.second.all_processes["raylet"][0].process

@@ -53,6 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     index = {"_class_name": "QwenImagePipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}
     write_json(folder / "model_index.json", index)
     (folder / "vae.bin").write_bytes(random(3 * PART // 2).bits.tobytes())
+    os.truncate(folder / "vae.bin", 48 * PART)  # zeros: long enough for workers to be caught writing
     (folder / "empty").touch()
     return folder
 
@@ -117,7 +118,7 @@ def test_run_goes_on_after_its_process_was_killed(
 def test_signal_ends_a_run_tidily(nodes: Nodes, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with driver(nodes, "--method", "int8", source, out, part=PART) as process:
-        worker = freeze_one(nodes.workers, process)
+        worker = freeze_one(nodes.all_workers, process)
         process.terminate()  # Ray would have it end the process at once
         os.kill(worker, signal.SIGCONT)
         _, errors = process.communicate(timeout=60)
