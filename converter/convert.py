@@ -313,12 +313,13 @@ def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
 def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
     read = plan.bytes_before + plan.bytes_copied
     several = len(plan.components) > 1
-    costs = [error.shared_scale_db for error in folder.errors.values() if error.shared_scale_db is not None]
+    errors = folder.errors
+    costs = [error.shared_scale_db for error in errors.values() if error.shared_scale_db is not None]
     return Report(
         out=folder.path,
         method=" + ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats)),
         format=" + ".join(map(format_label, plan.recipe.formats)),
-        layers=len(folder.errors),
+        layers=len(errors),
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bytes_copied=plan.bytes_copied,
@@ -328,7 +329,7 @@ def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
         gigabytes_per_second=read / seconds / 1e9,
         sqnr_db={
             (f"{component}.{layer}" if several else layer): error.sqnr_db
-            for (component, layer), error in folder.errors.items()
+            for (component, layer), error in errors.items()
         },
         shared_scale_layers=len(costs),
         shared_scale_db=sum(costs) / len(costs) if costs else None,
