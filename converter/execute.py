@@ -17,7 +17,7 @@ from omni_convert.converter.device import CPU
 from omni_convert.converter.file_writer import FileRecord, FileWriter
 from omni_convert.converter.groups import Group, Groups
 from omni_convert.converter.jobs import Job, run_jobs
-from omni_convert.converter.layer_error import SUMS
+from omni_convert.converter.layer_error import BYTES_PER_ROW
 from omni_convert.converter.output import OutputFile
 from omni_convert.converter.parts import Part, whole_file
 from omni_convert.converter.pieces import copy_pieces, shard_pieces, smallest_piece
@@ -140,7 +140,7 @@ def memory_bytes(plan: Plan, settings: Settings) -> int:
     tensors = list(plan.tensors())
     piece = max([settings.piece_bytes, *map(smallest_piece, tensors)])
     rows = max((tensor.source.spec.shape[0] for tensor in tensors if tensor.decision.format), default=0)
-    return settings.threads * 3 * piece + (settings.threads + 1) * 8 * SUMS * rows
+    return settings.threads * 3 * piece + (settings.threads + 1) * BYTES_PER_ROW * rows
 
 
 def on_device(plan: Plan, settings: Settings) -> Settings:

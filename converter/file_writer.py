@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from omni_convert.converter.groups import Group, Groups, bad_weight, group_of, needs_amax, row_maxima, rows_of
+from omni_convert.converter.groups import Group, Groups, bad_weight, group_of, row_maxima, rows_of
 from omni_convert.converter.jobs import Job, Worker
-from omni_convert.converter.layer_error import SUMS, LayerError, LayerErrors, Rows
+from omni_convert.converter.layer_error import LayerError, LayerErrors, Rows
 from omni_convert.converter.pieces import Piece, Slice
 from omni_convert.converter.source import SourceFile
 from omni_convert.formats.base import Facts, Format
@@ -80,63 +80,67 @@ class FileWriter:
             file.write(piece.spans[0].offset, data)
             return
         out = worker.output(piece.output_size)
-        maxima = self._local_maxima(piece, data)
-        at = 0
-        for item in piece.slices:
-            part = data[at : at + item.size]
-            at += item.size
+        slices = list(_with_data(piece, data))
+        maxima, largest = self._maxima(piece, slices)
+        for (item, part), found in zip(slices, maxima, strict=True):
             if item.tensor.decision.format is None:
                 kept = item.regions[""]
                 out[kept.at : kept.at + kept.size] = part
-            elif not self._quantize(item, item.tensor.decision.format, part, out, maxima, worker):
-                return  # another job failed, and says why
+                continue
+            amax = None
+            if group := group_of(self.component, item.tensor):
+                amax = largest[group] if group in largest else self.groups.wait(group)
+                if amax is None:
+                    return  # another job failed, and says why
+            facts = Facts(amax=amax, input_scale=item.tensor.input_scale)
+            power = self._quantize(item, item.tensor.decision.format, part, out, facts, worker)
+            self.errors.add(Rows(item.tensor, item.start, power, found))
         for span in piece.spans:
             file.write(span.offset, out[span.at : span.at + span.size].data)
 
-    def _local_maxima(self, piece: Piece, data: memoryview) -> dict[Group, list[NDArray[np.float32]]]:
-        """The largest magnitude of every row of the groups that lie in this piece as a whole."""
+    def _maxima(
+        self, piece: Piece, slices: Sequence[tuple[Slice, memoryview]]
+    ) -> tuple[list[NDArray[np.float32] | None], dict[Group, float]]:
+        """Of every slice the largest magnitude of every row, if its format asks for them; and that of every group that
+        lies in this piece as a whole."""
         local = self.groups.local(self.component, piece)
-        found: dict[Group, list[NDArray[np.float32]]] = {group: [] for group in local}
-        at = 0
-        for item in piece.slices if found else ():
-            if needs_amax(item.tensor) and (group := group_of(self.component, item.tensor)) in found:
-                found[group].append(row_maxima(self.source, item, data[at:]))
-            at += item.size
-        return found
+        found: list[NDArray[np.float32] | None] = []
+        largest: dict[Group, float] = {}
+        for item, data in slices:
+            fmt, group = item.tensor.decision.format, group_of(self.component, item.tensor)
+            if group not in local and not (fmt and fmt.is_fused):
+                found.append(None)
+                continue
+            maxima = row_maxima(self.source, item, data)
+            found.append(maxima)
+            if group and group in local:
+                largest[group] = max(largest.get(group, 0.0), float(maxima.max()))
+        return found, largest
 
     def _quantize(
-        self,
-        item: Slice,
-        fmt: Format,
-        data: memoryview,
-        out: NDArray[np.uint8],
-        maxima: Mapping[Group, Sequence[NDArray[np.float32]]],
-        worker: Worker,
-    ) -> bool:
-        """Put the slice into ``out``; False if the largest magnitude that it needs could not be found."""
-        tensor, rows, largest = item.tensor, rows_of(item, data), None
-        if needs_amax(tensor):
-            group = group_of(self.component, tensor)
-            local = maxima.get(group)
-            largest = float(max(part.max() for part in local)) if local else self.groups.wait(group)
-            if largest is None:
-                return False
-        facts = Facts(amax=largest, input_scale=tensor.input_scale)
+        self, item: Slice, fmt: Format, data: memoryview, out: NDArray[np.uint8], facts: Facts, worker: Worker
+    ) -> NDArray[np.float64]:
+        """Put the slice into ``out``; returns the ``power`` of its rows."""
+        tensor, rows = item.tensor, rows_of(item, data)
+        spec = tensor.source.spec
         views = {}
         for suffix, region in item.regions.items():
-            spec = tensor.outputs[f"{tensor.layer}.{suffix}"]
-            array = out[region.at : region.at + region.size].view(OUTPUT_DTYPE[spec.dtype])
-            views[suffix] = array.reshape(-1, *spec.shape[1:])
-        for suffix, values in fmt.whole(tensor.source.spec.shape, facts).items():
+            stored = tensor.outputs[f"{tensor.layer}.{suffix}"]
+            array = out[region.at : region.at + region.size].view(OUTPUT_DTYPE[stored.dtype])
+            views[suffix] = array.reshape(-1, *stored.shape[1:])
+        for suffix, values in fmt.whole(spec.shape, facts).items():
             if (whole := views.pop(suffix, None)) is not None:
                 whole[...] = values.reshape(whole.shape)
         power = np.empty((len(rows), 2))
-        bad = worker.quantize_rows(fmt, rows, tensor.source.spec.dtype, views, power, facts)
+        bad = worker.quantize_rows(fmt, rows, spec.dtype, views, power, facts)
         if bad is not None:
             raise bad_weight(self.source, item, bad.row, bad.column)
-        sums = np.zeros((len(rows), SUMS))
-        sums[:, :2] = power
-        if fmt.is_fused:
-            sums[:, 2] = row_maxima(self.source, item, data)
-        self.errors.add(Rows(tensor, item.start, sums))
-        return True
+        return power
+
+
+def _with_data(piece: Piece, data: memoryview) -> Iterator[tuple[Slice, memoryview]]:
+    """Every slice with its bytes of the source."""
+    at = 0
+    for item in piece.slices:
+        yield item, data[at : at + item.size]
+        at += item.size

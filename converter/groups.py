@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event, Lock
@@ -88,8 +89,8 @@ class Groups:
             for shard in part.shards:
                 file = SourceFile.of_shard(shard.source)
                 for tensor in shard.tensors:
-                    if needs_amax(tensor):
-                        self._groups[group_of(part.component.name, tensor)].members.append((file, tensor))
+                    if group := group_of(part.component.name, tensor):
+                        self._groups[group].members.append((file, tensor))
         for group, value in known.items():
             self._groups[group].value, self._groups[group].begun = value, True
 
@@ -97,7 +98,7 @@ class Groups:
         """What must be read before a piece can be quantized; nothing when asked again."""
         local = self.local(component, piece)
         for item in piece.slices:
-            if needs_amax(item.tensor) and (group := group_of(component, item.tensor)) not in local:
+            if (group := group_of(component, item.tensor)) and group not in local:
                 found = self._groups[group]
                 if not found.begun:
                     yield from found.jobs(self._piece_bytes)
@@ -106,8 +107,8 @@ class Groups:
         """The groups that lie in this piece as a whole."""
         found: defaultdict[Group, int] = defaultdict(int)
         for item in piece.slices:
-            if needs_amax(item.tensor) and item.is_whole:
-                found[group_of(component, item.tensor)] += 1
+            if item.is_whole and (group := group_of(component, item.tensor)):
+                found[group] += 1
         return frozenset(group for group, count in found.items() if count == len(self._groups[group].members))
 
     def wait(self, group: Group) -> float | None:
@@ -123,8 +124,8 @@ class Groups:
         """The magnitudes that these tensors of one file share with other files', by the group's name."""
         own: defaultdict[Group, int] = defaultdict(int)
         for tensor in tensors:
-            if needs_amax(tensor):
-                own[group_of(component, tensor)] += 1
+            if group := group_of(component, tensor):
+                own[group] += 1
         shared = {group: self._groups[group] for group, count in own.items()}
         return {
             group[1]: found.value
@@ -133,13 +134,9 @@ class Groups:
         }
 
 
-def needs_amax(tensor: TensorPlan) -> bool:
-    """Whether a weight cannot be quantized before all that share its scale were seen."""
-    return tensor.decision.format is not None and "amax" in tensor.decision.format.needs
-
-
-def group_of(component: str, tensor: TensorPlan) -> Group:
-    return component, tensor.scale_group or tensor.layer
+def group_of(component: str, tensor: TensorPlan) -> Group | None:
+    """The weights that must all be seen before this one can be quantized; None if it needs none."""
+    return (component, tensor.amax_of) if tensor.amax_of else None
 
 
 def rows_of(item: Slice, data: memoryview) -> NDArray[np.uint16] | NDArray[np.uint32]:
@@ -157,7 +154,7 @@ def row_maxima(file: SourceFile, item: Slice, data: memoryview) -> NDArray[np.fl
     """
     rows, dtype = rows_of(item, data), item.tensor.source.spec.dtype
     found = engine.row_maxima(rows, dtype)
-    if not np.isfinite(found).all():
+    if not math.isfinite(found.max()):
         row = int(np.argmin(np.isfinite(found)))
         raise bad_weight(file, item, row, first_nonfinite(rows[row], dtype))
     return found

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from omni_convert.converter.plan import TensorPlan
 
-SUMS = 3
-"""Per row: sum of squares of the weight, of its error, and the largest magnitude."""
+BYTES_PER_ROW = 8 + 8 + 4
+"""Sum of squares of the weight, of its error, and the largest magnitude."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +42,37 @@ class LayerError:
 
 
 class Rows(NamedTuple):
-    """The sums of some rows of a layer, from ``start``."""
+    """Of some rows of a layer, from ``start``: sums of squares of the weight and of its error (n, 2), and the largest
+    magnitudes (n,) if its format asks for them."""
 
     tensor: TensorPlan
     start: int
-    sums: NDArray[np.float64]
+    power: NDArray[np.float64]
+    maxima: NDArray[np.float32] | None
 
 
-@dataclass
 class _Gathered:
-    tensor: TensorPlan
-    sums: NDArray[np.float64]
-    first: int
-    count: int = 0
+    """The rows of one layer so far."""
+
+    def __init__(self, rows: Rows) -> None:
+        count = rows.tensor.source.spec.shape[0]
+        self._power = np.empty((count, 2))
+        self._maxima = None if rows.maxima is None else np.empty(count, np.float32)
+        self._tensor, self._first, self.left = rows.tensor, rows.start, count
+
+    def add(self, rows: Rows) -> None:
+        place = slice(rows.start, rows.start + len(rows.power))
+        self._power[place] = rows.power
+        if self._maxima is not None and rows.maxima is not None:
+            self._maxima[place] = rows.maxima
+        self._first = min(self._first, rows.start)
+        self.left -= len(rows.power)
+
+    def rows(self) -> Rows:
+        """Those that are there; they follow each other."""
+        place = slice(self._first, self._first + len(self._power) - self.left)
+        maxima = None if self._maxima is None else self._maxima[place]
+        return Rows(self._tensor, self._first, self._power[place], maxima)
 
 
 class LayerErrors:
@@ -66,33 +84,29 @@ class LayerErrors:
         self._lock = Lock()
 
     def add(self, rows: Rows) -> None:
-        layer, count = rows.tensor.layer, len(rows.sums)
-        shape = rows.tensor.source.spec.shape
-        if count == shape[0]:
-            self.finished[layer] = _layer_error(rows.tensor, rows.sums)
-            return
-        with self._lock:
-            found = self._gathered.get(layer)
-            if found is None:
-                found = _Gathered(rows.tensor, np.empty((shape[0], SUMS)), rows.start)
-                self._gathered[layer] = found
-            found.sums[rows.start : rows.start + count] = rows.sums
-            found.count += count
-            found.first = min(found.first, rows.start)
-            if found.count < shape[0]:
-                return
-            del self._gathered[layer]
-            self.finished[layer] = _layer_error(rows.tensor, found.sums)
+        layer = rows.tensor.layer
+        if len(rows.power) < rows.tensor.source.spec.shape[0]:
+            with self._lock:
+                found = self._gathered.get(layer)
+                if found is None:
+                    found = self._gathered[layer] = _Gathered(rows)
+                found.add(rows)
+                if found.left:
+                    return
+                del self._gathered[layer]
+                rows = found.rows()
+        self.finished[layer] = _layer_error(rows)
 
     def unfinished(self) -> Iterator[Rows]:
-        """The rows so far of the other layers, for somebody who has the rest; they follow each other."""
+        """The rows so far of the other layers, for somebody who has the rest."""
         for found in self._gathered.values():
-            yield Rows(found.tensor, found.first, found.sums[found.first : found.first + found.count])
+            yield found.rows()
 
 
-def _layer_error(tensor: TensorPlan, sums: NDArray[np.float64]) -> LayerError:
-    fmt = tensor.decision.format
+def _layer_error(rows: Rows) -> LayerError:
+    """``rows``: all of a layer."""
+    fmt = rows.tensor.decision.format
     assert fmt is not None
-    signal, noise = sums[:, :2].sum(axis=0)
-    own = fmt.own_noise(sums[:, 2].astype(np.float32), tensor.source.spec.shape[1])
-    return LayerError(signal=float(signal), noise=float(noise), own_noise=own)
+    signal, noise = rows.power.sum(axis=0).tolist()
+    own = None if rows.maxima is None else fmt.own_noise(rows.maxima, rows.tensor.source.spec.shape[1])
+    return LayerError(signal=signal, noise=noise, own_noise=own)

@@ -15,7 +15,7 @@ from threading import Lock
 
 from omni_convert.converter.execute import Settings, file_writer, output_size
 from omni_convert.converter.file_writer import FileWriter
-from omni_convert.converter.groups import Group, Groups, group_of, needs_amax, row_maxima
+from omni_convert.converter.groups import Group, Groups, group_of, row_maxima
 from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.jobs import Job, Worker, run_jobs
 from omni_convert.converter.layer_error import LayerError, Rows
@@ -70,7 +70,7 @@ def measure_part(plan: Plan, part: Part, groups: Set[Group], settings: Settings)
     def jobs() -> Iterator[Job]:
         for tensor in part_tensors(plan, part):
             group = group_of(plan.shards[part.name][0], tensor)
-            if needs_amax(tensor) and group in groups:
+            if group and group in groups:
                 for piece in weight_pieces(tensor, settings.piece_bytes, part.start, part.stop):
                     yield Job(piece.size, job(group, piece))
 

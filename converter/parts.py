@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
-from omni_convert.converter.groups import Group, group_of, needs_amax
+from omni_convert.converter.groups import Group, group_of
 from omni_convert.converter.pieces import smallest_piece
 from omni_convert.converter.plan import Plan, TensorPlan
 from omni_convert.converter.source import SourceFile
@@ -99,8 +99,8 @@ def shared_groups(plan: Plan, parts: Sequence[Part], known: Set[Group]) -> dict[
     """
     holders: defaultdict[Group, list[Part]] = defaultdict(list)
     for part in parts:
-        own = (group_of(plan.shards[part.name][0], tensor) for tensor in part_tensors(plan, part) if needs_amax(tensor))
-        for group in dict.fromkeys(own):
+        own = (group_of(plan.shards[part.name][0], tensor) for tensor in part_tensors(plan, part))
+        for group in dict.fromkeys(filter(None, own)):
             holders[group].append(part)
     shared: defaultdict[Part, set[Group]] = defaultdict(set)
     for group, found in holders.items():

@@ -72,9 +72,10 @@ class _Cut(NamedTuple):
 
 def shard_pieces(shard: ShardPlan, piece_bytes: int, start: int = 0, stop: int = sys.maxsize) -> Iterator[Piece]:
     """All of a shard but its header, or what lies between two offsets in the source; in the order of the source."""
-    offsets, end = {}, len(shard.header)
+    offsets: dict[str, tuple[int, int]] = {}
+    end = len(shard.header)
     for name, spec in shard.layout.items():
-        offsets[name] = end
+        offsets[name] = end, spec.nbytes
         end += spec.nbytes
     waiting: list[_Cut] = []
     size = 0
@@ -116,32 +117,38 @@ def smallest_piece(tensor: TensorPlan) -> int:
 
 
 def _cuts(tensor: TensorPlan, piece_bytes: int, start: int, stop: int) -> Iterator[_Cut]:
-    unit = unit_bytes(tensor)
-    begin = tensor.source.start
-    first, last = max(start - begin, 0) // unit, min(stop - begin, tensor.source.spec.nbytes) // unit
+    unit, size = unit_bytes(tensor), tensor.source.spec.nbytes
+    begin, whole = tensor.source.start, size // unit
+    if size <= piece_bytes and start <= begin and begin + size <= stop:
+        if size:
+            yield _Cut(tensor, 0, whole, size, True)
+        return
+    first, last = max(start - begin, 0) // unit, min(stop - begin, size) // unit
     together = tensor.decision.format.rows_per_scale if tensor.decision.format else 1
     step = max(1, piece_bytes // (unit * together)) * together
-    whole = tensor.source.spec.nbytes // unit
     for row in range(first, last, step):
         end = min(row + step, last)
         yield _Cut(tensor, row, end, (end - row) * unit, end - row == whole)
 
 
-def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, int] | None) -> Piece:
-    """``offsets``: where the output's tensors begin; None if nothing is written."""
+def _piece(cuts: Sequence[_Cut], offsets: Mapping[str, tuple[int, int]] | None) -> Piece:
+    """``offsets``: where the output's tensors begin, and their bytes; None if nothing is written."""
     places = [_places(cut, offsets) if offsets else {} for cut in cuts]
     spans: list[Region] = []
-    at: dict[int, int] = {}
+    regions: dict[int, Region] = {}
+    begin = end = at = 0  # of the span that grows; end 0: there is none yet, for every file begins with its header
     for offset, size in sorted(place for part in places for place in part.values()):
-        last = spans[-1] if spans else Region(-1, 0, 0)
-        if last.offset + last.size == offset:
-            spans[-1] = last._replace(size=last.size + size)
-        else:  # as far from a cache line's start as in the file: every element stays aligned
-            start = -(-(last.at + last.size) // _CACHE_LINE) * _CACHE_LINE
-            spans.append(Region(offset, size, start + offset % _CACHE_LINE))
-        at[offset] = spans[-1].at + offset - spans[-1].offset
+        if offset != end:  # as far from a cache line's start as in the file: every element stays aligned
+            if end:
+                spans.append(Region(begin, end - begin, at))
+            at = -(-(at + end - begin) // _CACHE_LINE) * _CACHE_LINE + offset % _CACHE_LINE
+            begin = offset
+        regions[offset] = Region(offset, size, at + offset - begin)
+        end = offset + size
+    if end:
+        spans.append(Region(begin, end - begin, at))
     slices = [
-        Slice(*cut, {suffix: Region(offset, size, at[offset]) for suffix, (offset, size) in part.items()})
+        Slice(*cut, {suffix: regions[offset] for suffix, (offset, _) in part.items()})
         for cut, part in zip(cuts, places, strict=True)
     ]
     return Piece(
@@ -161,20 +168,22 @@ def _copies(slices: Sequence[Slice], spans: Sequence[Region]) -> bool:
     return kept == sorted(kept)
 
 
-def _places(cut: _Cut, offsets: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def _places(cut: _Cut, offsets: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Suffix -> offset and size in the output."""
     tensor, fmt = cut.tensor, cut.tensor.decision.format
     if fmt is None:
-        return {"": (offsets[tensor.name] + cut.start, cut.stop - cut.start)}
+        return {"": (offsets[tensor.name][0] + cut.start, cut.stop - cut.start)}
+    if cut.is_whole:
+        return {suffix: offsets[f"{tensor.layer}.{suffix}"] for suffix in fmt.suffixes}
     places = {}
     for suffix in fmt.suffixes:
         name = f"{tensor.layer}.{suffix}"
-        offset, spec = offsets[name], tensor.outputs[name]
+        offset, size = offsets[name]
         if suffix in fmt.whole_suffixes:
             if cut.start == 0:
-                places[suffix] = (offset, spec.nbytes)
+                places[suffix] = (offset, size)
             continue
         rows = slice(cut.start, cut.stop) if suffix == "weight" else row_slice(fmt, cut.start, cut.stop)
-        row = spec.nbytes // spec.shape[0]
+        row = size // tensor.outputs[name].shape[0]
         places[suffix] = (offset + rows.start * row, (rows.stop - rows.start) * row)
     return places

@@ -44,6 +44,13 @@ class TensorPlan:
     def layer(self) -> str:
         return self.name.removesuffix(".weight")
 
+    @cached_property
+    def amax_of(self) -> str | None:
+        """The name of the weights (the layer alone, or what it is fused into) whose largest magnitude must be known
+        before this one can be quantized; None if its format does without."""
+        needs = self.decision.format.needs if self.decision.format else ()
+        return (self.scale_group or self.layer) if "amax" in needs else None
+
     @property
     def is_matrix(self) -> bool:
         """A weight matrix, or those of experts, whose parameters some classes do not call weight."""

@@ -112,13 +112,15 @@ def hash_header(path: Path) -> str | None:
 
 def encode_header(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Length field and JSON for ``tensors`` laid out in the given order, padded with spaces to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    entries = [f'"__metadata__":{encode(dict(metadata))}'] if metadata else []
     begin = 0
     for name, spec in tensors.items():
         end = begin + spec.nbytes
-        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [begin, end]}
+        shape = ",".join(map(str, spec.shape))
+        entries.append(f'{encode(name)}:{{"dtype":"{spec.dtype}","shape":[{shape}],"data_offsets":[{begin},{end}]}}')
         begin = end
-    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode(errors="backslashreplace")
+    raw = f"{{{','.join(entries)}}}".encode(errors="backslashreplace")
     raw += b" " * (-len(raw) % ALIGNMENT)
     if len(raw) > MAX_HEADER_BYTES:
         raise OmniConvertError(

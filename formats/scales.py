@@ -5,12 +5,17 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+_NO_EDGE = (2.0**-100, 2.0**100)
+"""Between these, a scale is a division: neither subnormal nor near the end of float32."""
+
 
 @lru_cache(maxsize=1024)
 def absmax_scale(amax: float, largest: float, clips: float) -> Any:
     """``absmax_scales`` of one number, as numpy has it: asked again for every piece of what shares a scale."""
     import numpy as np
 
+    if _NO_EDGE[0] < amax < _NO_EDGE[1]:
+        return np.float32(amax) / np.float32(largest)
     return absmax_scales(np.array(amax, np.float32), largest, clips, np)
 
 
