@@ -8,24 +8,21 @@ Without VNNI, both go through 16-bit sums of two products that saturate, and not
 exact is therefore tried once per process with the largest codes, not inferred from CPU flags alone: oneDNN can be
 held back by ``ONEDNN_MAX_CPU_ISA``, which the flags do not show.
 
-The packed weight is an opaque tensor that can be neither copied, pickled, moved nor traced. It therefore never
-touches a module: it lives in a table here, behind an operator that is given a number (``new_handle``). It is
-built at the first call and again whenever the weight it was made from is replaced or overwritten. It takes as much
-memory as the int8 weight, which stays for ``state_dict``: a running model is as large as in BF16, on the CPU only.
+The packed weight (see ``prepared``) takes as much memory as the int8 weight, which stays for ``state_dict``: a running
+model is as large as in BF16, on the CPU only.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from omni_convert.formats import FORMATS
+from omni_convert.formats.base import Format
+from omni_convert.runtime.prepared import new_handle, prepared
 from omni_convert.runtime.reference import quantize_rows, reference_linear, rescale
 
 ROWS_PER_BLOCK = 256
@@ -37,36 +34,6 @@ MAX_COLUMNS_S8 = 2**31 // (128 * 128) - 1
 
 _VNNI_QUERIES = ("_is_vnni_supported", "_is_avx512_vnni_supported")  # the name depends on the torch release
 _SATURATES = "its sums saturate here (no VNNI, or oneDNN is held back by ONEDNN_MAX_CPU_ISA)"
-
-
-class _Pack(NamedTuple):
-    source: StorageWeakRef  # keeps the address of the storage from being reused, not the storage alive
-    address: int
-    version: int
-    packed: Tensor
-
-    def fits(self, other: _Pack) -> bool:
-        return self.source == other.source and self.address == other.address and self.version == other.version
-
-
-_PACKS: dict[int, _Pack] = {}
-_NUMBERS = itertools.count()
-
-
-def new_handle(owner: object) -> Tensor:
-    """A number for ``owner``'s packed weight, which is freed with ``owner``. 0-d int64 on the CPU.
-
-    A tensor and not an int: ``torch.compile`` would specialize on an int and compile every layer anew.
-    """
-    number = next(_NUMBERS)
-    weakref.finalize(owner, _PACKS.pop, number, None).atexit = False
-    with torch.inference_mode(False):
-        return torch.tensor(number, dtype=torch.int64, device="cpu")
-
-
-def release(handle: Tensor) -> None:
-    """Free the packed weight of ``handle``; the next call builds it again."""
-    _PACKS.pop(int(handle), None)
 
 
 def refuse_onednn(shape: tuple[int, int]) -> str | None:
@@ -92,20 +59,22 @@ def refuse_int_mm(shape: tuple[int, int]) -> str | None:
 
 
 @functools.cache
-def _is_exact(kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor], Tensor]) -> bool:
+def _is_exact(kernel: Callable[[Format, Tensor, Mapping[str, Tensor], Tensor | None, Tensor], Tensor]) -> bool:
     """Whether ``kernel`` survives the codes that overflow 16-bit sums of two products."""
     x = torch.ones(32, 64)
     weight = torch.full((32, 64), 127, dtype=torch.int8)
     weight_scale = torch.ones(32, 1)
     with torch.inference_mode():
-        found = kernel(x, weight, weight_scale, None, new_handle(weight))
+        tensors = {"weight": weight, "weight_scale": weight_scale}
+        found = kernel(FORMATS["int8"], x, tensors, None, new_handle(weight))
         return torch.equal(found, reference_linear(x, weight, weight_scale, None))
 
 
-def onednn_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+def onednn_linear(fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, handle: Tensor) -> Tensor:
     """Kernel ``onednn``. ``x``: (M, K); ``weight``: (N, K) int8; ``weight_scale``: (N, 1) float32; ``bias``: (N,)."""
-    packed = _packed_weight(weight, handle)
-    channel_scale = weight_scale.view(-1)
+    weight = tensors["weight"]
+    packed = prepared(handle, [weight], lambda: torch.ops.onednn.qlinear_prepack(weight.detach().contiguous(), None))
+    channel_scale = tensors["weight_scale"].view(-1)
     no_zero_points = torch.empty(0, dtype=torch.int64)
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], ROWS_PER_BLOCK):
@@ -120,9 +89,9 @@ def onednn_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
     return out
 
 
-def int_mm_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+def int_mm_linear(fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, handle: Tensor) -> Tensor:
     """Kernel ``int_mm``: the same bits as ``onednn`` without a packed weight."""
-    channel_scale = weight_scale.view(1, -1)
+    weight, channel_scale = tensors["weight"], tensors["weight_scale"].view(1, -1)
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], ROWS_PER_BLOCK):
         rows = slice(start, start + ROWS_PER_BLOCK)
@@ -130,19 +99,3 @@ def int_mm_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
         y = torch._int_mm(codes, weight.t()).to(torch.float32).mul_(channel_scale)
         out[rows] = rescale(y, scale, bias, x.dtype)
     return out
-
-
-def _packed_weight(weight: Tensor, handle: Tensor) -> Tensor:
-    number = int(handle)
-    wanted = _Pack(
-        source=StorageWeakRef(weight.untyped_storage()),  # type: ignore[no-untyped-call]
-        address=weight.data_ptr(),
-        # Tensors made in inference mode have no version; overwriting those in place goes unnoticed.
-        version=-1 if weight.is_inference() else weight._version,
-        packed=weight,
-    )
-    pack = _PACKS.get(number)
-    if pack is None or not pack.fits(wanted):
-        packed = torch.ops.onednn.qlinear_prepack(weight.detach().contiguous(), None)
-        pack = _PACKS[number] = wanted._replace(packed=packed)
-    return pack.packed

@@ -6,9 +6,12 @@ fused epilogue it may be no faster than BF16.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from omni_convert.formats.base import Format
 from omni_convert.runtime.cpu import MAX_COLUMNS_S8
 from omni_convert.runtime.reference import quantize_rows, rescale
 
@@ -26,14 +29,14 @@ def refuse_int_mm(shape: tuple[int, int]) -> str | None:
     return None
 
 
-def int_mm_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
+def int_mm_linear(fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, handle: Tensor) -> Tensor:
     """Kernel ``cuda_int_mm``. ``x``: (M, K); ``weight``: (N, K) int8; ``weight_scale``: (N, 1) float32; unmeasured."""
-    rows = x.shape[0]
+    weight, rows = tensors["weight"], x.shape[0]
     if rows == 0:
         return x.new_empty(0, weight.shape[0])
     codes, scale = quantize_rows(x)
     if rows < MIN_ROWS:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, PADDED_ROWS - rows))
     # The transposed view of a row-major weight is the layout that cuBLASLt is fast for.
-    y = torch._int_mm(codes, weight.t())[:rows].to(torch.float32).mul_(weight_scale.view(1, -1))
+    y = torch._int_mm(codes, weight.t())[:rows].to(torch.float32).mul_(tensors["weight_scale"].view(1, -1))
     return rescale(y, scale, bias, x.dtype)

@@ -1,4 +1,4 @@
-"""Weight-only linear of every format with e4m3 codes: decode some rows, multiply, decode the next.
+"""Weight-only linear of every format: decode some rows, multiply, decode the next.
 
     y = x @ w.T + bias,  w = Format.dequantize(tensors) rounded once to the dtype of x
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omni_convert.formats.base import Format, row_slice
 from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.int8 import Int8
 from omni_convert.formats.microscaling import BLOCK, power_of_two
 from omni_convert.formats.mxfp4_dualscale import GROUP
 
@@ -31,7 +32,9 @@ ROWS = 64
 """Matrix products are cut at multiples of it."""
 
 
-def decoded_linear(fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+def decoded_linear(
+    fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, handle: Tensor
+) -> Tensor:
     """Kernel ``decode``. ``x``: (M, K); ``tensors``: those of the checkpoint, (N, K) as a whole; ``bias``: (N,)."""
     rows, columns = tensors["weight"].shape
     bias = None if bias is None else bias.to(x.dtype)
@@ -69,7 +72,10 @@ def some_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int)
 
 
 def _look_up(codes: Tensor, out: Tensor) -> None:
-    """``out``: (n, K) float32, contiguous, receives the value of every e4m3 code, NaN for the two that are."""
+    """``out``: (n, K) float32, contiguous, receives the value of every code, of e4m3 NaN for the two that are."""
+    if codes.dtype == torch.int8:
+        out.copy_(codes)
+        return
     codes = codes.contiguous()
     if codes.shape[1] % 2 or codes.storage_offset() % 2:
         index, target = codes.view(torch.uint8), out
@@ -97,6 +103,9 @@ def _pairs(device: torch.device) -> Tensor:
 
 def _multiply_scales(fmt: Format, tensors: Mapping[str, Tensor], values: Tensor) -> None:
     """In the order of ``fmt.dequantize``, for the same bits."""
+    if isinstance(fmt, Int8):
+        values.mul_(tensors["weight_scale"])
+        return
     if isinstance(fmt, Fp8):
         if fmt.block_size is None:
             values.mul_(tensors["weight_scale"].unsqueeze(1))

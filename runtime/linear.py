@@ -1,4 +1,4 @@
-"""The modules that stand in for ``nn.Linear`` in a quantized model."""
+"""The module that stands in for ``nn.Linear`` in a quantized model."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omni_convert.formats import FORMATS, format_label
+from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
-from omni_convert.runtime import cpu
-from omni_convert.runtime.kernels import format_text, int8_linear, select_kernel, stored_tensors, weight_only_linear
+from omni_convert.runtime.kernels import choose, device_of
+from omni_convert.runtime.operator import format_text, quantized_linear, stored_tensors
+from omni_convert.runtime.prepared import new_handle, release
 
 
 class QuantizedLinear(nn.Linear):
@@ -19,6 +20,11 @@ class QuantizedLinear(nn.Linear):
 
     State: ``weight`` (N, K), the codes, a parameter without gradient; the other tensors of ``format``, buffers;
     ``bias`` (N,), a parameter, or None. Takes (..., K) in bf16, fp16 or fp32 and returns (..., N) in the same dtype.
+
+    INT8 quantizes activations per token at run time (W8A8); a row of activations that holds a NaN or an Inf gives a row
+    of NaN there (where only the kernel ``decode`` can run, what ``F.linear`` gives). In the other formats activations
+    stay as they are (weight-only) and the output is that of ``F.linear`` with the dequantized weight in their dtype, up
+    to the order of float32 sums; the scale of static activations (``input_scale``) is kept for other engines.
 
     It is an ``nn.Linear`` because adapters look for one. Casting the model casts the bias only. Scales are buffers, so
     that ``model.dtype`` and optimizers, which look at parameters, do not see them; the bias comes first, so that
@@ -50,6 +56,13 @@ class QuantizedLinear(nn.Linear):
                 self.weight = nn.Parameter(codes, requires_grad=False)
             else:
                 self.register_buffer(suffix, torch.ones(shape, dtype=stored, device=device))
+        self._format_text = format_text(fmt)
+        self._handle = new_handle(self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        scales = [getattr(self, suffix) for suffix in self.format.suffixes[1:]]
+        output: Tensor = quantized_linear(input, self.weight, scales, self.bias, self._handle, self._format_text)
+        return output
 
     def stored_tensors(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Suffix -> dtype and shape of what the layer holds beside its bias."""
@@ -59,9 +72,10 @@ class QuantizedLinear(nn.Linear):
         """Nothing: random codes are never wanted."""
 
     def extra_repr(self) -> str:
-        device = self.weight.device.type
+        device = self.weight.device
         shape = (self.out_features, self.in_features)
-        kernel = "undecided" if device in ("meta", "npu") else select_kernel(self.format.name, device, shape).kernel
+        undecided = device.type in ("meta", "npu")
+        kernel = "undecided" if undecided else choose(self.format, shape, device_of(device)).kernel.name
         return f"{super().extra_repr()}, format={format_label(self.format)}, kernel={kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
@@ -78,7 +92,22 @@ class QuantizedLinear(nn.Linear):
             return moved.view(tensor.dtype)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        release(self._handle)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle cannot read e4m3 tensors that it wrote, so codes go through it, and deepcopy, as bytes.
+        if self.weight.dtype != torch.float8_e4m3fn:
+            return self.__dict__
+        codes = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
+        return self.__dict__ | {"_parameters": self._parameters | {"weight": codes}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        stored, _ = self.stored_tensors()["weight"]
+        if self.weight.dtype != stored:
+            self.weight = nn.Parameter(self.weight.detach().view(stored), requires_grad=False)
+        self._handle = new_handle(self)  # what is prepared for the original is not for the copy
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any
@@ -100,75 +129,3 @@ class QuantizedLinear(nn.Linear):
                 error_msgs.append(f"{prefix}{name} has shape {tuple(given.shape)}, expected {tuple(held.shape)}.")
         if not error_msgs:
             super()._load_from_state_dict(state_dict, prefix, metadata, *args)
-
-
-class Int8Linear(QuantizedLinear):
-    """INT8 weight, one scale per output channel, activations quantized per token at run time (W8A8).
-
-    A row of activations that holds a NaN or an Inf gives a row of NaN (where only the kernel ``dequantize`` can run,
-    what ``F.linear`` gives).
-    """
-
-    weight_scale: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        fmt: Format = FORMATS["int8"],
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype, fmt=fmt)
-        self._handle = cpu.new_handle(self)
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = int8_linear(input, self.weight, self.weight_scale, self.bias, self._handle)
-        return output
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
-        super()._apply(fn, recurse)
-        cpu.release(self._handle)
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # deepcopy and unpickling come through here: a copy gets a packed weight of its own.
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._handle = cpu.new_handle(self)
-
-
-class DecodedLinear(QuantizedLinear):
-    """Codes in e4m3 with scales of any kind, activations as they are (weight-only).
-
-    The output is that of ``F.linear`` with the dequantized weight in the dtype of the activations, up to the order of
-    float32 sums. The scale of static activations (``input_scale``) is kept for other engines and not used.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        fmt: Format,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype, fmt=fmt)
-        self._format_text = format_text(fmt)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # pickle cannot read e4m3 tensors that it wrote, so codes go through it, and deepcopy, as bytes.
-        codes = nn.Parameter(self.weight.detach().view(torch.uint8), requires_grad=False)
-        return self.__dict__ | {"_parameters": self._parameters | {"weight": codes}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.weight = nn.Parameter(self.weight.detach().view(torch.float8_e4m3fn), requires_grad=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        scales = [getattr(self, suffix) for suffix in self.format.suffixes[1:]]
-        output: Tensor = weight_only_linear(input, self.weight, scales, self.bias, self._format_text)
-        return output

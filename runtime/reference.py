@@ -59,9 +59,3 @@ def reference_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     codes, scale = quantize_rows(x)
     total = codes.to(torch.float64) @ weight.to(torch.float64).t()
     return rescale(total.to(torch.float32) * weight_scale.view(1, -1), scale, bias, x.dtype)
-
-
-def dequantized_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, handle: Tensor) -> Tensor:
-    """Kernel ``dequantize``: runs wherever PyTorch runs, without quantizing ``x``. Unmeasured; slower than BF16."""
-    w = (weight.to(torch.float32) * weight_scale).to(x.dtype)
-    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))

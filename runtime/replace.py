@@ -6,15 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from omni_convert.formats import FORMATS
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
-from omni_convert.runtime.linear import DecodedLinear, Int8Linear, QuantizedLinear
-
-MODULES: Mapping[str, type[QuantizedLinear]] = dict.fromkeys(FORMATS, DecodedLinear) | {"int8": Int8Linear}
-"""The module of each format, by its name."""
+from omni_convert.runtime.linear import QuantizedLinear
 
 
 def check_converted(pre_quantized: bool) -> None:
@@ -57,14 +53,13 @@ def replace_linears(
                 f"{where}: tensor {layer}.bias is not in the checkpoint, but module {name} has a bias. "
                 "Convert the checkpoint again."
             )
-        fmt = config.format_on_disk(layer)
-        quantized = MODULES[fmt.name](
+        quantized = QuantizedLinear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
-            fmt=fmt,
+            fmt=config.format_on_disk(layer),
         )
         model.set_submodule(name, quantized.train(linear.training))
         replaced.append(name)

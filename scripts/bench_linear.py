@@ -16,7 +16,7 @@ import torch
 
 from omni_convert.formats import format_label, make_format
 from omni_convert.formats.base import Format
-from omni_convert.runtime.replace import MODULES
+from omni_convert.runtime.linear import QuantizedLinear
 
 FORMATS = (
     make_format("int8"),
@@ -32,7 +32,7 @@ TOKENS = (1, 64, 1024, 4096)
 
 def make_layer(fmt: Format, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     rows, columns = weight.shape
-    layer = MODULES[fmt.name](columns, rows, bias=False, dtype=torch.bfloat16, fmt=fmt)
+    layer = QuantizedLinear(columns, rows, bias=False, dtype=torch.bfloat16, fmt=fmt)
     layer.load_state_dict(fmt.quantize(weight))
     return layer
 

@@ -107,10 +107,8 @@ def test_nothing_works_for_a_class_without_quantized_layers(kind: str) -> None:
 
 
 def test_our_own_runtime_takes_any_class_in_the_formats_it_runs() -> None:
-    from omni_convert.runtime.replace import MODULES
-
     assert OMNI_CONVERT.formats.keys() == {kind for _, kind, _ in KINDS}
-    assert {kind.split()[0] for kind in OMNI_CONVERT.formats} == MODULES.keys()
+    assert {kind.split()[0] for kind in OMNI_CONVERT.formats} == FORMATS.keys()
     assert (OMNI_CONVERT.mixes, VLLM_OMNI.mixes) == (True, False)
     assert OMNI_CONVERT.refusal(None, "int8") is None
     assert OMNI_CONVERT.refusal("SD3.5", "int8") is None

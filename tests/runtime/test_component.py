@@ -18,7 +18,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.formats.int8 import Int8
 from omni_convert.runtime.component import quantized_layers, read_component
-from omni_convert.runtime.linear import Int8Linear
+from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.replace import replace_linears
 
 GOOD = {
@@ -67,7 +67,7 @@ class Model(nn.Module):
 def test_replaces_what_is_quantized_and_nothing_else() -> None:
     model = Model(nn.Linear(4, 6, dtype=torch.bfloat16, device="meta")).eval()
     assert replace_linears(model, GOOD, CONFIG) == ["a"]
-    assert isinstance(model.a, Int8Linear)
+    assert isinstance(model.a, QuantizedLinear)
     assert (model.a.weight.device.type, model.a.bias.dtype, model.a.training) == ("meta", torch.bfloat16, False)
     assert type(model.b) is nn.Linear
 

@@ -8,12 +8,14 @@ from kinds import KINDS
 
 from omni_convert.formats import make_format
 from omni_convert.formats.base import Facts, Format
-from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime import decode, kernels
+from omni_convert.runtime import decode
+from omni_convert.runtime.operator import format_text, quantized_linear
+from omni_convert.runtime.prepared import new_handle
 
-DECODED = {kind: fmt for kind, fmt in KINDS.items() if kind != "int8"} | {
+DECODED = KINDS | {
     "fp8 odd blocks": make_format("fp8", block_size=(3, 48)),
 }
+NO_HANDLE = torch.tensor(0)  # it prepares nothing
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((1, 64), (70, 64), (130, 1088), (65, 131), (5, 7))
 every = pytest.mark.parametrize("fmt", DECODED.values(), ids=DECODED)
@@ -53,10 +55,10 @@ def test_linear_in_blocks_of_rows(fmt: Format, bias: bool, monkeypatch: pytest.M
         x = torch.randn(5, 128).to(dtype)
         cast = None if values is None else values.to(dtype)
         expected = torch.nn.functional.linear(x, fmt.dequantize(tensors).to(dtype), cast)
-        assert torch.equal(decode.decoded_linear(fmt, x, tensors, values), expected)
+        assert torch.equal(decode.decoded_linear(fmt, x, tensors, values, NO_HANDLE), expected)
         with monkeypatch.context() as patch:
             patch.setattr(decode, "BUFFER", 1)
-            found = decode.decoded_linear(fmt, x, tensors, values)
+            found = decode.decoded_linear(fmt, x, tensors, values, NO_HANDLE)
         error = (found - expected).abs().max() / expected.abs().max()
         assert error <= (1e-6 if dtype == torch.float32 else 0)  # the order of float32 sums is the library's
 
@@ -95,14 +97,5 @@ def test_operator_passes_torchs_own_checks(fmt: Format) -> None:
     weight, *scales = tensors.values()
     x, bias = torch.randn(3, 64, requires_grad=True), torch.randn(6, requires_grad=True)
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
-    text = kernels.format_text(fmt)  # (test_schema multiplies its inputs, which e4m3 has no operator for)
-    torch.library.opcheck(kernels.weight_only_linear, (x, weight, scales, bias, text), test_utils=checks)
-
-
-def test_choice_says_why() -> None:
-    for device in ("cpu", "cuda", "mps"):
-        choice = kernels.select_kernel("mxfp8", device, (64, 64))
-        assert (choice.kernel, choice.rejected) == ("decode", {})
-        assert choice.note.startswith("weight-only")
-    with pytest.raises(OmniConvertError, match="an mxfp8 layer on an Ascend NPU"):
-        kernels.select_kernel("mxfp8", "npu", (64, 64))
+    args = (x, weight, scales, bias, new_handle(weight), format_text(fmt))
+    torch.library.opcheck(quantized_linear, args, test_utils=checks)  # (test_schema cannot multiply e4m3)

@@ -12,10 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from omni_convert.formats import FORMATS, make_format
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime import cpu, cuda, kernels, reference
-from omni_convert.runtime.linear import Int8Linear
+from omni_convert.runtime import cpu, cuda, decode, kernels, reference
+from omni_convert.runtime.kernels import Device, Run, choose
+from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.operator import format_text, quantized_linear
+from omni_convert.runtime.prepared import new_handle
 
+INT8 = FORMATS["int8"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KERNELS = {"onednn": (cpu.onednn_linear, cpu.refuse_onednn), "int_mm": (cpu.int_mm_linear, cpu.refuse_int_mm)}
 
@@ -26,6 +31,12 @@ def operands(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[tor
     weight = torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
     scale = torch.rand(shape[0], 1, generator=generator) / 100
     return x, weight, scale, torch.randn(shape[0], generator=generator).to(dtype)
+
+
+def run_kernel(
+    run: Run, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return run(INT8, x, {"weight": weight, "weight_scale": scale}, bias, new_handle(weight))
 
 
 def textbook_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
@@ -59,7 +70,7 @@ def test_kernel_is_the_reference(name: str, dtype: torch.dtype, rows: int) -> No
         if refuse(shape) is None:
             x, weight, scale, bias = operands(rows, shape, dtype)
             for b in (None, bias):
-                found = run(x, weight, scale, b, cpu.new_handle(weight))
+                found = run_kernel(run, x, weight, scale, b)
                 assert found.dtype == dtype
                 assert torch.equal(found, reference.reference_linear(x, weight, scale, b)), (shape, b is None)
 
@@ -71,34 +82,44 @@ def test_largest_codes_do_not_saturate(name: str) -> None:
         pytest.skip("this CPU cannot run it")
     x = torch.ones(40, 600) * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
     weight = torch.full((40, 600), -127, dtype=torch.int8)
-    found = run(x, weight, torch.ones(40, 1), None, cpu.new_handle(weight))
+    found = run_kernel(run, x, weight, torch.ones(40, 1), None)
     assert torch.allclose(found.abs(), torch.tensor(127.0 * 600), rtol=1e-6)
 
 
 def test_kernels_that_saturate_are_refused() -> None:
     """oneDNN without VNNI adds pairs of products in 16 bits, in both operators; nothing reports it."""
     code = (  # a process of its own: oneDNN reads the variable once
-        "from omni_convert.runtime.kernels import select_kernel; import torch\n"
-        "choice = select_kernel('int8', 'cpu', (64, 64)); print(choice.kernel, len(choice.rejected))"
+        "from omni_convert.formats import FORMATS; from omni_convert.runtime.kernels import Device, choose\n"
+        "choice = choose(FORMATS['int8'], (64, 64), Device('cpu')); print(choice.kernel.name, len(choice.rejected))"
     )
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert found.stdout.split() in (["dequantize", "2"], ["int_mm", "1"])  # the latter where PyTorch has its own
+    assert found.stdout.split() in (["decode", "2"], ["int_mm", "1"])  # the latter where PyTorch has its own
     assert "runs on kernel" in found.stderr
 
 
 def test_choice_names_its_reasons() -> None:
-    kernels.select_kernel.cache_clear()
-    choice = kernels.select_kernel("int8", "cpu", (8, 200_000))
-    assert choice.kernel == "dequantize"
+    choice = choose(INT8, (8, 200_000), Device("cpu"))
+    assert choice.kernel.name == "decode"
     assert choice.rejected.keys() == {"onednn", "int_mm"}
-    assert kernels.select_kernel("int8", "cuda", (64, 64)).kernel == "cuda_int_mm"
-    choice = kernels.select_kernel("int8", "cuda", (64, 63))
-    assert (choice.kernel, choice.rejected) == ("dequantize", {"cuda_int_mm": choice.rejected["cuda_int_mm"]})
+    hopper = Device("cuda", (9, 0))
+    assert choose(INT8, (64, 64), hopper).kernel.name == "cuda_int_mm"
+    choice = choose(INT8, (64, 63), hopper)
+    assert choice.kernel.name == "decode"
     assert "multiples of 8" in choice.rejected["cuda_int_mm"]
-    assert kernels.select_kernel("int8", "mps", (64, 64)).kernel == "dequantize"
-    with pytest.raises(OmniConvertError, match="Ascend"):
-        kernels.select_kernel("int8", "npu", (64, 64))
+    for fmt in (INT8, FORMATS["mxfp8"], make_format("fp8", granularity="block")):
+        choice = choose(fmt, (64, 64), Device("mps"))
+        assert (choice.kernel.name, choice.rejected) == ("decode", {})
+        assert choice.kernel.note.startswith("weight-only")
+        with pytest.raises(OmniConvertError, match=f"an {fmt.name} layer on an Ascend NPU"):
+            choose(fmt, (64, 64), Device("npu"))
+
+
+def test_slower_kernel_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    kernels.choose.cache_clear()
+    with caplog.at_level("WARNING"):
+        choose(INT8, (64, 63), Device("cuda", (9, 0)))
+    assert "runs on kernel 'decode' (cuda_int_mm: N, K are 64, 63" in caplog.text
 
 
 def test_column_weight_is_kept_from_int_mm() -> None:
@@ -111,13 +132,13 @@ def test_cuda_arithmetic_on_cpu(rows: int) -> None:
     if cpu.refuse_int_mm((64, 64)) is not None:
         pytest.skip("torch._int_mm is not exact on this CPU")
     x, weight, scale, bias = operands(rows, (24, 64), torch.bfloat16)
-    found = cuda.int_mm_linear(x, weight, scale, bias, torch.tensor(0))
+    found = run_kernel(cuda.int_mm_linear, x, weight, scale, bias)
     assert torch.equal(found, reference.reference_linear(x, weight, scale, bias))
 
 
-def test_dequantize_kernel_is_close() -> None:
+def test_weight_only_is_close() -> None:
     x, weight, scale, bias = operands(9, (24, 64), torch.float32)
-    found = reference.dequantized_linear(x, weight, scale, bias, torch.tensor(0))
+    found = run_kernel(decode.decoded_linear, x, weight, scale, bias)
     expected = reference.reference_linear(x, weight, scale, bias)
     assert (found - expected).norm() / expected.norm() < 0.02
 
@@ -131,7 +152,7 @@ def test_nonfinite_row_becomes_nan_and_only_that_row(name: str, dtype: torch.dty
     assert reference.quantize_rows(x)[1].isnan().flatten().tolist() == [False, True, False]
     run, refuse = KERNELS[name]
     if refuse((5, 8)) is None:
-        found = run(x, weight, scale, bias, cpu.new_handle(weight))
+        found = run_kernel(run, x, weight, scale, bias)
         assert found[1].isnan().all()
         assert found[[0, 2]].isfinite().all()
 
@@ -149,7 +170,7 @@ def test_rows_of_zeros_and_extremes(dtype: torch.dtype) -> None:
     assert (scale > 0).all()
     assert (codes[0] == 0).all()
     assert (codes[3] == 127).all()
-    layer = Int8Linear(8, 2, dtype=dtype)
+    layer = QuantizedLinear(8, 2, dtype=dtype, fmt=INT8)
     layer.bias.data.fill_(0.5)
     assert (layer(x[:1]) == 0.5).all()
 
@@ -165,11 +186,11 @@ def test_rows_of_zeros_and_extremes(dtype: torch.dtype) -> None:
 )
 def test_wrong_input_is_refused(x: Any, message: str) -> None:
     with pytest.raises(OmniConvertError, match=message):
-        Int8Linear(8, 4)(x)
+        QuantizedLinear(8, 4, fmt=INT8)(x)
 
 
 def test_scale_of_another_shape_is_refused() -> None:
-    layer = Int8Linear(8, 4)
+    layer = QuantizedLinear(8, 4, fmt=INT8)
     layer.weight_scale = torch.ones(2, 1)
     with pytest.raises(
         OmniConvertError, match=r"weight_scale torch.float32 \(2, 1\), expected torch.float32 and \(4, 1\)"
@@ -179,6 +200,5 @@ def test_scale_of_another_shape_is_refused() -> None:
 
 def test_operator_passes_torchs_own_checks() -> None:
     x, weight, scale, bias = operands(3, (8, 16), torch.float32)
-    handle = cpu.new_handle(weight)
-    args = (x.requires_grad_(), weight, scale, bias.requires_grad_(), handle)
-    torch.library.opcheck(kernels.int8_linear, args)
+    args = (x.requires_grad_(), weight, [scale], bias.requires_grad_(), new_handle(weight), format_text(INT8))
+    torch.library.opcheck(quantized_linear, args)

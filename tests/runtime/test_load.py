@@ -16,7 +16,7 @@ from torch import nn
 
 import omni_convert
 from omni_convert import OmniConvertError
-from omni_convert.runtime.linear import Int8Linear
+from omni_convert.runtime.linear import QuantizedLinear
 
 BF16 = torch.bfloat16
 
@@ -107,11 +107,11 @@ def test_transformers_prefix_is_added_and_removed(masked_bert: Path, bert: Path)
 
     model = omni_convert.load(masked_bert)
     assert isinstance(model, BertForMaskedLM)
-    assert isinstance(model.cls.predictions.transform.dense, Int8Linear)
+    assert isinstance(model.cls.predictions.transform.dense, QuantizedLinear)
     assert_holds(model, masked_bert)
     assert_holds(AutoModel.from_pretrained(masked_bert, dtype=BF16), masked_bert, prefix="bert.")
     other = BertForMaskedLM.from_pretrained(bert, dtype=BF16)
-    assert isinstance(other.bert.encoder.layer[1].output.dense, Int8Linear)
+    assert isinstance(other.bert.encoder.layer[1].output.dense, QuantizedLinear)
 
 
 @pytest.mark.parametrize("name", ["qwen", "bert", "masked_bert"])
@@ -156,7 +156,7 @@ def test_pipeline(pipeline: Path, qwen_image: Path) -> None:
     assert_holds(pipe.transformer, pipeline / "transformer")
     # Transformers renames the layers of this text encoder when it loads them.
     quantized = [name for name in stored(pipeline / "text_encoder") if name.endswith(".weight_scale")]
-    assert sum(isinstance(module, Int8Linear) for module in pipe.text_encoder.modules()) == len(quantized) > 0
+    assert sum(isinstance(module, QuantizedLinear) for module in pipe.text_encoder.modules()) == len(quantized) > 0
     image = draw(pipe)
     assert torch.equal(image, draw(DiffusionPipeline.from_pretrained(pipeline, torch_dtype=BF16)))
     plain = draw(DiffusionPipeline.from_pretrained(qwen_image, torch_dtype=BF16))

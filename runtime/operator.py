@@ -1,0 +1,140 @@
+"""The operator behind every quantized layer, with gradients.
+
+It is opaque to ``torch.compile``: the compiler neither sees packed weights nor rewrites the integer product (with
+``freezing=True`` Inductor turns it into an oneDNN call thousands of times slower).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.base import Format
+from omni_convert.formats.config import parse_config
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.runtime import reference
+from omni_convert.runtime.decode import decode
+from omni_convert.runtime.kernels import choose, device_of
+
+_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+
+def stored_tensors(fmt: Format, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Suffix -> dtype and shape of the tensors of a layer whose weight is ``shape`` (N, K)."""
+    return {suffix: (_DTYPES[spec.dtype], spec.shape) for suffix, spec in fmt.tensors(shape).items()}
+
+
+def format_text(fmt: Format) -> str:
+    """``fmt`` as operators take it, which have no arguments of any class."""
+    return json.dumps(fmt.config(()))
+
+
+@functools.cache
+def _format(text: str) -> Format:
+    return parse_config(json.loads(text)).format
+
+
+@torch.library.custom_op(
+    "omni_convert::quantized_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor[] scales, Tensor? bias, Tensor handle, str format) -> Tensor",
+)
+def quantized_linear(
+    x: Tensor, weight: Tensor, scales: Sequence[Tensor], bias: Tensor | None, handle: Tensor, format: str
+) -> Tensor:
+    """``x``: (..., K); ``weight``: (N, K) codes; ``scales``: the other tensors of the format; ``bias``: (N,).
+
+    ``handle``: of ``prepared``. ``format``: see ``format_text``. Returns (..., N) in the dtype of ``x``. Differentiable
+    in ``x`` and ``bias``, as if the activations were not quantized (straight through).
+
+    Raises:
+        OmniConvertError: dtype, shape or device of ``x`` do not fit the layer, or those of its tensors the format.
+    """
+    fmt = _format(format)
+    tensors = dict(zip(fmt.suffixes, (weight, *scales), strict=True))
+    _check_input(x, fmt, tensors)
+    rows, columns = weight.shape
+    kernel = choose(fmt, (rows, columns), device_of(x.device)).kernel
+    y = kernel.run(fmt, x.reshape(-1, columns), tensors, bias, handle)
+    return y.reshape(*x.shape[:-1], rows)
+
+
+@quantized_linear.register_fake
+def _fake(
+    x: Tensor, weight: Tensor, scales: Sequence[Tensor], bias: Tensor | None, handle: Tensor, format: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op(
+    "omni_convert::decoded_weight",
+    mutates_args=(),
+    schema="(Tensor weight, Tensor[] scales, str format, ScalarType dtype) -> Tensor",
+)
+def decoded_weight(weight: Tensor, scales: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    """(N, K) in ``dtype``, for gradients. An operator, because the compiler cannot trace what looks codes up."""
+    fmt = _format(format)
+    tensors = dict(zip(fmt.suffixes, (weight, *scales), strict=True))
+    return decode(fmt, tensors, weight.new_empty(weight.shape, dtype=dtype))
+
+
+@decoded_weight.register_fake
+def _fake_weight(weight: Tensor, scales: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, scales, bias, _, ctx.format = inputs
+    ctx.save_for_backward(weight, *scales)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, list[None], Tensor | None, None, None]:
+    weight, *scales = ctx.saved_tensors
+    needs_x, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
+    grad_x = grad @ decoded_weight(weight, scales, ctx.format, grad.dtype) if needs_x else None
+    grad_bias = None
+    if needs_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, [None] * len(scales), grad_bias, None, None
+
+
+quantized_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@functools.cache
+def _expected_tensors(fmt: Format, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return stored_tensors(fmt, shape)
+
+
+def _check_input(x: Tensor, fmt: Format, tensors: Mapping[str, Tensor]) -> None:
+    weight = tensors["weight"]
+    if x.dtype not in reference.ACTIVATION_DTYPES:
+        expected = ", ".join(str(dtype) for dtype in reference.ACTIVATION_DTYPES)
+        raise OmniConvertError(
+            f"an {fmt.name} layer was given activations of {x.dtype}, expected {expected}. Cast them before the layer; "
+            "code that casts to `layer.weight.dtype` must not do so for a quantized layer."
+        )
+    if not x.shape or x.shape[-1] != weight.shape[1]:
+        raise OmniConvertError(
+            f"an {fmt.name} layer of shape {tuple(weight.shape)} was given activations of shape {tuple(x.shape)}, "
+            f"expected the last dimension to be {weight.shape[1]}."
+        )
+    for suffix, (dtype, shape) in _expected_tensors(fmt, (weight.shape[0], weight.shape[1])).items():
+        tensor = tensors[suffix]
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise OmniConvertError(
+                f"an {fmt.name} layer of shape {tuple(weight.shape)} holds {suffix} {tensor.dtype} "
+                f"{tuple(tensor.shape)}, expected {dtype} and {shape}. Sharding a loaded layer is not supported: load "
+                "the model on one device."
+            )
+        if tensor.device != x.device:
+            raise OmniConvertError(
+                f"an {fmt.name} layer with {suffix} on {tensor.device} was given activations on {x.device}, expected "
+                "one device. Move the model or the input with .to(device)."
+            )
