@@ -22,11 +22,11 @@ from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.recipe import Choices, make_recipe
 from omni_convert.converter.source import SourceFile
-from omni_convert.converter.tables import mean_db
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError, SourceError, UsageError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME
 from omni_convert.formats.quant_config import Spec
+from omni_convert.formats.text import mean_db
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,12 @@ from typing import Any
 
 from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
 from omni_convert.converter.recipe import Recipe
-from omni_convert.converter.tables import format_bytes, format_table
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_json
+from omni_convert.formats.text import format_bytes, format_table
 
 
 @dataclass(frozen=True, kw_only=True)

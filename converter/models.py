@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from omni_convert.converter.tables import format_table
 from omni_convert.formats.architectures import Architecture
 from omni_convert.formats.target import TARGETS, Rule, Target, kind_flags
+from omni_convert.formats.text import format_table
 
 LOADED = "loaded"
 REFUSED = "refused"

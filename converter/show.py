@@ -9,10 +9,10 @@ from omni_convert.converter.convert import Report
 from omni_convert.converter.decide import natural_key
 from omni_convert.converter.fused import shared_scales
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan
-from omni_convert.converter.tables import format_bytes, format_db, format_table, layer_patterns
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import printable
 from omni_convert.formats.target import find_target
+from omni_convert.formats.text import format_bytes, format_db, format_table, layer_patterns
 
 _NO_TABLE = "no table for this class: by name and shape"
 

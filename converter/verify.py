@@ -21,7 +21,6 @@ from omni_convert.converter.files import processors
 from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.recipe import Recipe
-from omni_convert.converter.tables import format_db, format_table, layer_patterns, mean_db
 from omni_convert.converter.values import value_problems
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
@@ -29,6 +28,7 @@ from omni_convert.formats.config import QuantizationConfig, parse_config, stored
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
 from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
+from omni_convert.formats.text import format_db, format_table, layer_patterns, mean_db
 
 
 @dataclass(kw_only=True)

@@ -45,6 +45,9 @@ class Format(Protocol):
     Tensors are named ``<layer>.<suffix>``; the suffix ``weight`` holds the codes.
     """
 
+    def __hash__(self) -> int:
+        """A format is a value."""
+
     @property
     def name(self) -> str:
         """The ``quant_method`` of ``quantization_config``."""

@@ -118,7 +118,7 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
             "engines would take the weights for unquantized ones. Convert the checkpoint again."
         )
     for key, value in data.items():
-        if key == names_key:
+        if key == names_key or (fmt.name, key) == _ONLINE_ONLY:
             continue
         key = "quant_method" if key == "method" else key
         if key not in expected or value != expected[key]:
@@ -176,6 +176,8 @@ _MODELOPT, _PER_CHANNEL = (Fp8(granularity="channel").config(())[key] for key in
 METHODS = (MIXED, *FORMATS, _MODELOPT)
 """Every ``quant_method`` that we write."""
 _NAMES_KEYS = ("ignored_layers", "ignore")
+_ONLINE_ONLY = ("mxfp4_dualscale", "num_bf16_fallback_layers")
+"""A method and a key of it that means nothing of weights that are quantized already."""
 
 
 def exact_pattern(name: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
@@ -56,9 +57,29 @@ def read_component(path: Path) -> Component:
     if announced is not None:
         if not isinstance(announced, dict):
             raise OmniConvertError(f"{config_path}: quantization_config is {announced!r}, expected an object.")
+        _check_flag(announced, tensors, f"{config_path}: quantization_config")
         quantization = parse_config(announced, f"{config_path}: quantization_config")
         quantized_layers(tensors, quantization, str(path))
     return Component(path=path, config=config, tensors=tensors, quantization=quantization)
+
+
+def _check_flag(announced: Mapping[str, Any], tensors: Mapping[str, TensorSpec], where: str) -> None:
+    """A config that does not say "quantized already": whether it is wrong, or the weights are plain."""
+    fmt = FORMATS.get(str(announced.get("quant_method", announced.get("method"))))
+    flag = fmt.serialized_flag if fmt else None
+    if fmt is None or flag is None or announced.get(flag) is True:
+        return
+    found = f"{where}: {flag} is {announced.get(flag)!r}" if flag in announced else f"{where}: has no {flag}"
+    scale = next((name for name in tensors if name.endswith((".weight_scale", ".weight_scale_inv"))), None)
+    if scale is not None:
+        raise OmniConvertError(
+            f"{found}, but the tensors are quantized ({scale} is there), so the config is wrong, expected true. "
+            f"Engines would take the codes for plain weights. Set {flag} to true, or convert the checkpoint again."
+        )
+    raise OmniConvertError(
+        f"{found} and the weights are plain, expected quantized ones: with this config engines quantize while they "
+        "load. To do the same, remove quantization_config from it and pass quantization= to omni_convert.load."
+    )
 
 
 def read_tensors(files: Iterable[Path]) -> dict[str, TensorSpec]:

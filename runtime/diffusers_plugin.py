@@ -22,7 +22,9 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
-from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
+from omni_convert.runtime.online import Online
+from omni_convert.runtime.parallel import LOADING, Split, local_tensors, split_linears
+from omni_convert.runtime.replace import check_converted, check_loaded, fill, replace_linears
 
 
 class QuantMethod(str, Enum):
@@ -33,6 +35,9 @@ class QuantMethod(str, Enum):
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of ``config.json``, in the shape that Diffusers wants."""
+
+    online: Online | None = None
+    """How plain weights are quantized while they load; None if they are quantized already."""
 
     def __init__(self, **data: Any) -> None:
         self.quantization = parse_config(data)
@@ -59,10 +64,13 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
-        self._replaced: list[str] = []
+        self._online: Online | None = quantization_config.online
+        self._replaced: dict[str, str] = {}
+        self._rank, self._splits = LOADING.get(), dict[str, Split]()
+        self.is_serializable = self._rank is None  # a part is no model
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        check_converted(self.pre_quantized)
+        check_converted(self.pre_quantized, self._online)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise OmniConvertError(
@@ -75,20 +83,42 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        self._replaced = replace_linears(model, read_tensors(self._files), self.quantization_config.quantization)
+        config, tensors = self.quantization_config.quantization, read_tensors(self._files)
+        self._replaced = replace_linears(model, tensors, config, online=self._online)
+        if self._rank:
+            self._splits = split_linears(model, self._rank)
+            self.pre_quantized = True  # or Diffusers would not ask ``check_quantized_param_shape``
         return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Scales are not missing where they are made while loading."""
+        return missing_keys if self._online is None else [key for key in missing_keys if not self._is_scale(model, key)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model, self._replaced)
+        self._online = self.quantization_config.online = None
         return model
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Whether the tensor is loaded by ``create_quantized_param``: scales are, codes pass through untouched."""
+        """Whether the tensor is loaded by ``create_quantized_param``: scales are, codes pass through untouched; of
+        plain weights, those that are quantized."""
         layer, _, suffix = param_name.rpartition(".")
-        module = model.get_submodule(layer)
-        return isinstance(module, QuantizedLinear) and suffix in module.format.suffixes[1:]
+        if layer in self._splits:
+            return True
+        if self._online:
+            return suffix == "weight" and layer in self._replaced
+        return self._is_scale(model, param_name)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded: torch.Tensor) -> None:
+        """Called where shapes differ: they must, where a rank loads its part."""
+        layer = param_name.rpartition(".")[0]
+        if layer not in self._splits:
+            raise OmniConvertError(
+                f"tensor {param_name} has shape {tuple(loaded.shape)}, expected {tuple(current_param.shape)}. "
+                "The config and the weights are of different models."
+            )
 
     def create_quantized_param(
         self,
@@ -103,7 +133,27 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         # param_value has been cast to torch_dtype already; the tensor as stored is still in state_dict.
         # (Diffusers' keep_in_fp32_modules would work too, but it is the model class's own list.)
         layer, _, suffix = param_name.rpartition(".")
-        setattr(model.get_submodule(layer), suffix, state_dict[param_name].to(target_device))
+        module, tensors = model.get_submodule(layer), {suffix: state_dict[param_name]}
+        if self._online and suffix == "weight" and layer in self._replaced:
+            tensors = self._online.tensors(self._replaced[layer])
+        if self._rank and layer in self._splits:
+            tensors = local_tensors(getattr(module, "format", None), tensors, self._splits[layer], self._rank)
+        if suffix == "bias" or not isinstance(module, QuantizedLinear):
+            tensors = {suffix: tensors[suffix].to(param_value.dtype)}
+        assert isinstance(module, nn.Linear)
+        fill(module, {name: tensor.to(target_device) for name, tensor in tensors.items()})
+
+    def _is_scale(self, model: nn.Module, name: str) -> bool:
+        layer, _, suffix = name.rpartition(".")
+        module = model.get_submodule(layer)
+        return isinstance(module, QuantizedLinear) and suffix in module.format.suffixes[1:]
+
+
+def announce(model: Any, config: Mapping[str, Any]) -> None:
+    """Tell a model that it was quantized in memory, so that it saves ``config`` too and refuses casts."""
+    model.hf_quantizer = OmniConvertQuantizer(OmniConvertConfig(**config))
+    model.is_quantized, model.quantization_method = True, QuantMethod.OMNI_CONVERT
+    model.register_to_config(quantization_config=model.hf_quantizer.quantization_config)
 
 
 register_names(auto, OmniConvertQuantizer, OmniConvertConfig)

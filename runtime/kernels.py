@@ -101,7 +101,7 @@ def choose(fmt: Format, shape: tuple[int, int], device: Device) -> Choice:
             break
         rejected[kernel.name] = reason
     reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
-    level = logging.WARNING if rejected else logging.INFO
-    _log.log(level, "%s %s on %s runs on kernel %r (%s)",
-             format_label(fmt), shape, device.type, kernel.name, reasons or kernel.note or "the best one there is")  # fmt: skip
+    level, why = logging.WARNING if rejected else logging.INFO, reasons or kernel.note or "the best one there is"
+    where = f"{format_label(fmt)} {shape} on {device.type}"
+    _log.log(level, "%s runs on kernel %r (%s)", where, kernel.name, why)
     return Choice(kernel, rejected)

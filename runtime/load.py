@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,20 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.runtime.component import Component, read_component
+from omni_convert.runtime.online import Online
+from omni_convert.runtime.parallel import LOADING, Rank
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    online: Mapping[str, Online] | None = None,
+    rank: Rank | None = None,
+) -> Any:
     """Load a converted checkpoint: a Diffusers pipeline or model, or a Transformers model, in eval mode.
 
     Args:
@@ -28,6 +38,8 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dt
         device: where the model runs.
         dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
             dtype that most of its unquantized weights have on disk.
+        online: of a plain checkpoint, by component, what is quantized while it loads.
+        rank: of several processes that run the model together, and hold a part of it each.
 
     Raises:
         OmniConvertError: nothing quantized there, an unfinished conversion, a missing or damaged file, tensors that
@@ -35,24 +47,44 @@ def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dt
             before any model is built.
     """
     folder = Path(path)
-    _check_folder(folder)
+    check_folder(folder)
     target = _parse_device(device)
-    if (folder / PIPELINE_INDEX).is_file():
-        return _load_pipeline(folder, target, dtype)
-    component = read_component(folder)
-    _check_quantized(folder, [component])
+    token = LOADING.set(rank)
+    try:
+        if (folder / PIPELINE_INDEX).is_file():
+            return _load_pipeline(folder, target, dtype, online or {})
+        component = read_component(folder)
+        if online is None:
+            _check_quantized(folder, [component])
+        if rank and _library(component) != "diffusers":
+            raise OmniConvertError(
+                f"{folder}: tp_size={rank.size} was asked for, expected a model of Diffusers: models of Transformers "
+                "are loaded on one device only."
+            )
+        return _load_model(component, dtype, online[""] if online else None).to(target)
+    finally:
+        LOADING.reset(token)
+
+
+def _load_model(component: Component, dtype: torch.dtype | None, online: Online | None) -> Any:
+    """``online``: how its plain weights are quantized."""
     model_class, library = _model_class(component)
-    kept = dtype or _stored_dtype(component)
+    kept = dtype or _stored_dtype(component, online)
+    options: dict[str, Any] = {}
+    if online:
+        plugin = importlib.import_module(f"omni_convert.runtime.{library}_plugin")
+        config = plugin.OmniConvertConfig(**online.config.to_dict())
+        config.online = online
+        options["quantization_config"] = config
     if library == "transformers":
-        model = model_class.from_pretrained(str(folder), dtype=kept)
-    else:
-        model = _from_pretrained(model_class, folder, kept)
-    return model.eval().to(target)
+        return model_class.from_pretrained(str(component.path), dtype=kept, **options).eval()
+    return _from_pretrained(model_class, component.path, kept, **options).eval()
 
 
-def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
+def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None, online: Mapping[str, Online]) -> Any:
     components = _pipeline_components(folder)
-    _check_quantized(folder, components.values())
+    if not online:
+        _check_quantized(folder, components.values())
     diffusers = _import_library("diffusers")
     if any(_library(component) == "transformers" for component in components.values()):
         _import_library("transformers")
@@ -60,17 +92,20 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None
         "default": torch.float32,  # Diffusers' own; for parts without weights
         **{name: _stored_dtype(component) for name, component in components.items()},
     }
-    pipeline = _from_pretrained(diffusers.DiffusionPipeline, folder, dtypes)
+    parts = {name: _load_model(components[name], dtype, part) for name, part in online.items()}
+    pipeline = _from_pretrained(diffusers.DiffusionPipeline, folder, dtypes, **parts)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipeline.to(device)
 
 
-def _from_pretrained(diffusers_class: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype]) -> Any:
+def _from_pretrained(
+    diffusers_class: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype], **options: Any
+) -> Any:
     with warnings.catch_warnings():  # newer versions say `dtype`, but this is the name that all of them know
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        return diffusers_class.from_pretrained(str(folder), torch_dtype=dtype)
+        return diffusers_class.from_pretrained(str(folder), torch_dtype=dtype, **options)
 
 
 def _pipeline_components(folder: Path) -> dict[str, Component]:
@@ -95,7 +130,10 @@ def _has_weights(folder: Path) -> bool:
     return "quantization_config" in config or any(folder.glob("*.safetensors*"))
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """Raises:
+    OmniConvertError: there is no whole checkpoint.
+    """
     if folder.is_file():
         raise OmniConvertError(
             f"{folder}: is a file, expected a folder with {PIPELINE_INDEX} or {CONFIG_NAME}. "
@@ -174,8 +212,10 @@ def _model_class(component: Component) -> tuple[Any, str]:
     return getattr(module, str(name), None) or module.AutoModel, library
 
 
-def _stored_dtype(component: Component) -> torch.dtype:
-    stored = component.kept_dtype
+def _stored_dtype(component: Component, online: Online | None = None) -> torch.dtype:
+    quantized = {f"{layer}.weight" for layer in online.layers} if online else set()
+    kept = {name: spec for name, spec in component.tensors.items() if name not in quantized}
+    stored = replace(component, tensors=kept).kept_dtype
     return _DTYPES[stored] if stored is not None else torch.get_default_dtype()
 
 

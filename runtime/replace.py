@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
+from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
 from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.online import Online
 
 
-def check_converted(pre_quantized: bool) -> None:
-    """Whether a library's ``from_pretrained`` found our config in the checkpoint, not in its arguments.
+def check_converted(pre_quantized: bool, online: Online | None) -> None:
+    """Whether a library's ``from_pretrained`` found our config in the checkpoint, or got it from ``load``.
 
     Raises:
         OmniConvertError: the config was passed for plain weights.
     """
-    if not pre_quantized:
+    if not pre_quantized and online is None:
         raise OmniConvertError(
             "from_pretrained was given an omni-convert quantization_config for plain weights, expected a "
-            "converted checkpoint. Convert it first; its config then carries the entry and none is passed."
+            "converted checkpoint. Convert it first; its config then carries the entry and none is passed. To quantize "
+            "while loading: omni_convert.load(folder, quantization=...)."
         )
 
 
@@ -31,39 +35,71 @@ def replace_linears(
     tensors: Mapping[str, TensorSpec],
     config: QuantizationConfig,
     modules: Mapping[str, str | None] | None = None,
-) -> list[str]:
+    online: Online | None = None,
+) -> dict[str, str]:
     """Replace the linears of ``model`` that are quantized on disk; their tensors are loaded by whoever calls.
 
     ``tensors``: all tensors of the checkpoint. ``modules``: checkpoint layer -> module name where they differ; None
-    for a layer that this model does not have by design. Returns the names of the replaced modules.
+    for a layer that this model does not have by design. ``online``: what is quantized, of plain weights. Returns the
+    names of the replaced modules, and what the checkpoint calls them.
 
     Raises:
         OmniConvertError: the checkpoint contradicts its config (see ``quantized_layers``) or the model: a module
             that is missing, not an ``nn.Linear``, of another shape, or whose bias is missing on disk.
     """
     where = type(model).__name__
-    replaced = []
-    for layer, shape in quantized_layers(tensors, config, where).items():
+    replaced = {}
+    for layer in online.layers if online else quantized_layers(tensors, config, where):
         name = layer if modules is None else modules[layer]
         if name is None:
             continue
-        linear = _find_linear(model, name, layer, shape)
+        linear = _find_linear(model, name, layer, tensors[f"{layer}.weight"].shape)
         if linear.bias is not None and f"{layer}.bias" not in tensors:
             raise OmniConvertError(
                 f"{where}: tensor {layer}.bias is not in the checkpoint, but module {name} has a bias. "
                 "Convert the checkpoint again."
             )
-        quantized = QuantizedLinear(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-            fmt=config.format_on_disk(layer),
-        )
-        model.set_submodule(name, quantized.train(linear.training))
-        replaced.append(name)
+        fmt = online.layers[layer].format if online else config.format_on_disk(layer)
+        model.set_submodule(name, _like(linear, fmt))
+        replaced[name] = layer
     return replaced
+
+
+def quantize_linears(model: nn.Module, online: Online) -> None:
+    """Replace linears of a model in memory by quantized ones, one by one; ``online``: by module names."""
+    # What shares a scale must all be seen before the first of it goes.
+    for layer in online.layers:
+        online.amax(layer)
+    for layer in online.layers:
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, nn.Linear)
+        quantized = _like(linear, online.layers[layer].format, device=torch.device("meta"))
+        fill(quantized, online.tensors(layer))
+        if linear.bias is not None:
+            quantized.bias = linear.bias
+        model.set_submodule(layer, quantized)
+
+
+def fill(module: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a module its tensors, by suffix, without a copy."""
+    for suffix, tensor in tensors.items():
+        if suffix in ("weight", "bias"):
+            trained = suffix == "bias" or not isinstance(module, QuantizedLinear)
+            setattr(module, suffix, nn.Parameter(tensor, requires_grad=trained))
+        else:
+            setattr(module, suffix, tensor)
+
+
+def _like(linear: nn.Linear, fmt: Format, device: torch.device | None = None) -> QuantizedLinear:
+    quantized = QuantizedLinear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        device=device or linear.weight.device,
+        dtype=linear.weight.dtype,
+        fmt=fmt,
+    )
+    return quantized.train(linear.training)
 
 
 def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
@@ -85,7 +121,7 @@ def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
         module.weight.requires_grad_(False)  # Transformers asks for one of every floating-point parameter
 
 
-def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, int]) -> nn.Linear:
+def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, ...]) -> nn.Linear:
     where = type(model).__name__
     try:
         module = model.get_submodule(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -17,11 +18,15 @@ from omni_convert.formats.config import MIXED, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
 from omni_convert.runtime.names import register_names
+from omni_convert.runtime.online import Online
 from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """``quantization_config`` of ``config.json``, in the shape that Transformers wants."""
+
+    online: Online | None = None
+    """How plain weights are quantized while they load; None if they are quantized already."""
 
     def __init__(self, **data: Any) -> None:
         self.quantization = parse_config(data)
@@ -42,7 +47,8 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._replaced: list[str] = []
+        self._online: Online | None = quantization_config.online
+        self._replaced: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
@@ -51,7 +57,7 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
                 "device_map places layers on disk, expected CPU or GPU: Transformers cannot offload integer weights "
                 "there. Use more memory, or a device_map of CPU and GPU."
             )
-        check_converted(self.pre_quantized)
+        check_converted(self.pre_quantized, self._online)
 
     def is_serializable(self) -> bool:
         return True
@@ -68,11 +74,37 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         config = self.quantization_config.quantization
         tensors = read_tensors(files)
-        layers = quantized_layers(tensors, config, type(model).__name__)
-        self._replaced = replace_linears(model, tensors, config, _module_names(model, layers))
+        layers = self._online.layers if self._online else quantized_layers(tensors, config, type(model).__name__)
+        self._replaced = replace_linears(model, tensors, config, _module_names(model, layers), self._online)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        layer, _, suffix = param_name.rpartition(".")
+        return self._online is not None and suffix == "weight" and layer in self._replaced
+
+    def get_quantize_ops(self) -> ConversionOps:
+        assert self._online is not None
+        return _Quantize(self._online, self._replaced)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_loaded(model, self._replaced)
+        self._online = self.quantization_config.online = None
+
+
+class _Quantize(ConversionOps):  # type: ignore[misc]
+    """Puts the tensors of a quantized layer in the place of its plain weight, which Transformers may have cast."""
+
+    def __init__(self, online: Online, layers: Mapping[str, str]) -> None:
+        self._online = online
+        self._layers = layers
+
+    def convert(
+        self, input_dict: Mapping[str, Any], *args: Any, full_layer_name: str, missing_keys: set[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        layer = full_layer_name.removesuffix(".weight")
+        weight = next(iter(input_dict.values()))
+        device = (weight[0] if isinstance(weight, list) else weight).device
+        found = self._online.tensors(self._layers[layer])
+        return {f"{layer}.{suffix}": tensor.to(device) for suffix, tensor in found.items()}
 
 
 def _module_names(model: Any, layers: Collection[str]) -> dict[str, str | None]:
@@ -109,6 +141,13 @@ def _is_left_out(model: Any, layer: str) -> bool:
         return True
     architectures = model.config.architectures or ()
     return bool(architectures) and type(model).__name__ not in architectures
+
+
+def announce(model: Any, config: Mapping[str, Any]) -> None:
+    """Tell a model that it was quantized in memory, so that it saves ``config`` too and refuses casts."""
+    model.hf_quantizer = OmniConvertQuantizer(OmniConvertConfig(**config))
+    model.is_quantized, model.quantization_method = True, MIXED
+    model.config.quantization_config = model.hf_quantizer.quantization_config
 
 
 register_names(auto, OmniConvertQuantizer, OmniConvertConfig)

@@ -4,6 +4,7 @@
 
     omni_convert.convert("model/", "out/", method="int8", ignore=["img_mlp"])
     pipe = omni_convert.load("out/")
+    pipe = omni_convert.load("model/", quantization="int8")
 
 ``from_pretrained`` of Diffusers and Transformers loads the same folders once this package is imported. Importing it
 imports neither of them, nor PyTorch.
@@ -20,11 +21,15 @@ from omni_convert.runtime.register import register_plugins
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+    from typing_extensions import Unpack
 
     from omni_convert.converter.convert import convert, plan
     from omni_convert.converter.inspect import inspect
+    from omni_convert.converter.recipe import Choices
     from omni_convert.converter.verify import verify
-    from omni_convert.formats.quant_config import build_quant_config
+    from omni_convert.formats.quant_config import Spec, build_quant_config
+    from omni_convert.runtime.describe import Description
 
 __all__ = [
     "OmniConvertError",
@@ -32,9 +37,11 @@ __all__ = [
     "__version__",
     "build_quant_config",
     "convert",
+    "describe",
     "inspect",
     "load",
     "plan",
+    "quantize_",
     "verify",
 ]
 
@@ -55,22 +62,75 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-def load(path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
-    """Load a converted checkpoint: a Diffusers pipeline or model, or a Transformers model, in eval mode.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: Spec = None,
+    tp_rank: int | None = None,
+    tp_size: int | None = None,
+    **choices: Unpack[Choices],
+) -> Any:
+    """Load a converted checkpoint, or a plain one that is quantized while it loads, to the same bits: a Diffusers
+    pipeline or model, or a Transformers model, in eval mode.
 
     Args:
         path: folder with ``model_index.json`` (pipeline) or ``config.json`` (one model).
         device: where the model runs.
         dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
             dtype that most of its unquantized weights have on disk.
+        quantization: of a plain checkpoint, as ``convert`` takes it. ``mxfp4_dualscale`` leaves the leading blocks
+            unquantized, as vLLM-Omni does online: ``num_bf16_fallback_layers``, by default 5.
+        tp_rank, tp_size: which of how many processes this is, that run a Diffusers model together (tensor parallelism);
+            each reads and holds its part of the linears. None: one process.
+        choices: in place of ``quantization`` or beside it, as ``convert`` takes them.
 
     Raises:
-        OmniConvertError: the folder is not a whole quantized checkpoint, or it cannot run here. Says what was found,
-            what was expected and what to do, before any model is built.
+        OmniConvertError: the folder is not a whole checkpoint, or it cannot run here. Says what was found, what was
+            expected and what to do, before any model is built.
     """
     from omni_convert.runtime.load import load as load_folder
+    from omni_convert.runtime.parallel import parse_rank
 
-    return load_folder(path, device=device, dtype=dtype)
+    rank = parse_rank(tp_rank, tp_size)
+    if quantization is not None or choices:
+        from omni_convert.online import load_online
+
+        return load_online(path, quantization, device=device, dtype=dtype, rank=rank, **choices)
+    return load_folder(path, device=device, dtype=dtype, rank=rank)
+
+
+def quantize_(model: nn.Module, quantization: Spec = None, **choices: Unpack[Choices]) -> nn.Module:
+    """Quantize the linears of a model in memory, in place and layer by layer; returns the model.
+
+    The tensors are those that a conversion of its checkpoint writes, if its modules have the checkpoint's names.
+
+    Args:
+        model: of plain weights in bf16, fp16 or fp32, on any device.
+        quantization: as ``convert`` takes it.
+        choices: in place of ``quantization`` or beside it, as ``convert`` takes them.
+
+    Raises:
+        OmniConvertError: nothing to quantize, a layer that is quantized already, NaN or Inf in a weight. What is wrong
+            with the choices is found before any layer is replaced.
+    """
+    from omni_convert.online import quantize_ as quantize_model
+
+    return quantize_model(model, quantization, **choices)
+
+
+def describe(model: Any) -> Description:
+    """What runs in a loaded model or pipeline: every quantized layer's format, kernel, why, and bytes.
+
+    ``print`` shows a table; ``to_dict()`` is for scripts.
+
+    Raises:
+        OmniConvertError: neither a model nor a pipeline, or a layer on a device that cannot run it.
+    """
+    from omni_convert.runtime.describe import describe as describe_model
+
+    return describe_model(model)
 
 
 register_plugins()

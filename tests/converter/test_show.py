@@ -12,7 +12,7 @@ from hostile.small import random, write_model, write_pipeline
 from omni_convert.converter.convert import Means, convert, needs, plan
 from omni_convert.converter.plan import Plan
 from omni_convert.converter.show import group_tensors, plan_dict, plan_text, report_text
-from omni_convert.converter.tables import format_bytes
+from omni_convert.formats.text import format_bytes
 
 
 @pytest.fixture

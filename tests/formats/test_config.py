@@ -37,6 +37,13 @@ def test_formats_are_listed_by_their_own_name() -> None:
     assert all(fmt.name == name for name, fmt in FORMATS.items())
 
 
+def test_key_of_online_quantization_means_nothing_on_disk() -> None:
+    config = QuantizationConfig(format=FORMATS["mxfp4_dualscale"], is_serialized=True)
+    assert parse_config(config.to_dict() | {"num_bf16_fallback_layers": 5}) == config
+    with pytest.raises(OmniConvertError, match="num_bf16_fallback_layers"):
+        parse_config(GOOD | {"num_bf16_fallback_layers": 5})
+
+
 @pytest.mark.parametrize("ignored", [None, []])
 def test_no_ignored_layers(ignored: object) -> None:
     assert parse_config(GOOD | {"ignored_layers": ignored}).ignored_layers == ()

@@ -66,7 +66,7 @@ class Model(nn.Module):
 
 def test_replaces_what_is_quantized_and_nothing_else() -> None:
     model = Model(nn.Linear(4, 6, dtype=torch.bfloat16, device="meta")).eval()
-    assert replace_linears(model, GOOD, CONFIG) == ["a"]
+    assert replace_linears(model, GOOD, CONFIG) == {"a": "a"}
     assert isinstance(model.a, QuantizedLinear)
     assert (model.a.weight.device.type, model.a.bias.dtype, model.a.training) == ("meta", torch.bfloat16, False)
     assert type(model.b) is nn.Linear
@@ -139,7 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "method": (_edit_json("config.json", _set("quantization_config", "quant_method", value="int9")), "'int9'"),
     "flag": (
         _edit_json("config.json", _set("quantization_config", "is_checkpoint_int8_serialized", value=False)),
-        "is_checkpoint_int8_serialized is False",
+        "is_checkpoint_int8_serialized is False, but the tensors are quantized .*, so the config is wrong",
     ),
     "extra key": (_edit_json("config.json", _set("quantization_config", "producer", value="x")), "producer='x'"),
     "entry a string": (_edit_json("config.json", _set("quantization_config", value="int8")), "expected an object"),
@@ -161,6 +161,13 @@ def test_damaged_folders_are_refused(name: str, qwen: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(qwen, tmp_path / "transformer"))
     damage(folder)
     with pytest.raises(OmniConvertError, match=message):
+        read_component(folder)
+
+
+def test_plain_weights_with_a_config_of_online_quantization(qwen_plain: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(qwen_plain, tmp_path / "transformer"))
+    _edit_json("config.json", _set("quantization_config", value={"quant_method": "int8"}))(folder)
+    with pytest.raises(OmniConvertError, match="has no is_checkpoint_int8_serialized and the weights are plain"):
         read_component(folder)
 
 

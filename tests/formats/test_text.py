@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omni_convert.converter.tables import format_bytes, format_table
+from omni_convert.formats.text import format_bytes, format_table
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,203 @@
+"""Tensor parallelism: which slice of a layer's tensors a rank holds, and how the ranks' results become one.
+
+A model class of Diffusers says which linears are split by rows (``colwise``: each rank computes some of the outputs)
+and which by columns (``rowwise``: each rank sees some of the inputs, and the results are added up). Scales are split
+with what they scale, so a cut must fall between blocks that share one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.formats.base import Format
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
+from omni_convert.runtime.linear import QuantizedLinear
+
+ASCEND_BLOCK = 64
+"""Columns of MX formats that Ascend's kernels take together."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One of ``size`` processes that run a model together."""
+
+    index: int
+    size: int
+
+
+def parse_rank(index: int | None, size: int | None) -> Rank | None:
+    """``tp_rank`` and ``tp_size``; None for one process.
+
+    Raises:
+        UsageError: one without the other, or a rank that there is not.
+    """
+    if index is None and size is None:
+        return None
+    if index is None or size is None or not 0 <= index < size:
+        raise UsageError(f"tp_rank is {index} and tp_size {size}, expected both, and 0 <= tp_rank < tp_size.")
+    return Rank(index, size) if size > 1 else None
+
+
+class Split(NamedTuple):
+    """How a weight is split: along ``dim``, each of ``blocks`` (which fill it) among all ranks."""
+
+    dim: int
+    blocks: Sequence[int]
+
+    def ranges(self, rank: Rank) -> list[tuple[int, int]]:
+        """Start and stop of what a rank holds of every block."""
+        found, start = [], 0
+        for block in self.blocks:
+            part = block // rank.size
+            found.append((start + rank.index * part, start + (rank.index + 1) * part))
+            start += block
+        return found
+
+
+LOADING: ContextVar[Rank | None] = ContextVar("LOADING", default=None)
+"""The rank for which a model is being loaded: libraries have no way to hand it through."""
+
+
+def split_linears(model: nn.Module, rank: Rank) -> dict[str, Split]:
+    """Replace the linears of ``model``, which has no weights yet, by a rank's part of them.
+
+    Returns module -> how its weight is split among ``rank.size`` processes.
+
+    Raises:
+        OmniConvertError: see ``_splits``; or a cut falls between weights that share a scale.
+    """
+    found = _splits(model, rank)
+    for name, split in found.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        fmt = linear.format if isinstance(linear, QuantizedLinear) else None
+        if fmt:
+            _check_split(name, fmt, split, rank)
+        part = _part_of(linear, split, rank)
+        if split.dim == 1:
+            part.register_forward_hook(_add_up)
+        model.set_submodule(name, part.train(linear.training))
+    return found
+
+
+def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
+    """An empty linear like this one, of the shape that a rank holds."""
+    sides = [linear.out_features, linear.in_features]
+    sides[split.dim] //= rank.size
+    rows, columns = sides
+    has_bias, device = linear.bias is not None, linear.weight.device
+    if isinstance(linear, QuantizedLinear):
+        dtype = linear.bias.dtype if has_bias else None
+        return QuantizedLinear(columns, rows, has_bias, device, dtype, fmt=linear.format)
+    return nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
+
+
+def _splits(model: Any, rank: Rank) -> dict[str, Split]:
+    """Module -> how its weight is split.
+
+    Raises:
+        OmniConvertError: the class has no plan for it, or something cannot be divided by the number of ranks.
+    """
+    where = type(model).__name__
+    plan = getattr(model, "_tp_plan", None)
+    if not plan or not hasattr(model, "register_to_config"):
+        raise OmniConvertError(
+            f"{where}: has no plan for tensor parallelism, expected a class of Diffusers with one (Qwen-Image, FLUX). "
+            "Load it on one device, without tp_size."
+        )
+    heads = model.config.get("num_attention_heads")
+    if isinstance(heads, int) and heads % rank.size:
+        raise OmniConvertError(
+            f"{where}: has {heads} attention heads, expected a multiple of tp_size, which is {rank.size}."
+        )
+    from diffusers.hooks.tensor_parallel import resolve_tp_shard_specs
+
+    try:
+        specs = resolve_tp_shard_specs(model, plan, rank.size)
+    except ValueError as error:
+        raise OmniConvertError(f"{where}: cannot be split among {rank.size} ranks ({error}). Use fewer.") from error
+    return {
+        name.removesuffix(".weight"): Split(spec.dim, spec.block_sizes)
+        for name, spec in specs.items()
+        if name.endswith(".weight")
+    }
+
+
+def _check_split(layer: str, fmt: Format, split: Split, rank: Rank) -> None:
+    """Raises:
+    OmniConvertError: a cut falls between weights that share a scale.
+    """
+    unit = fmt.rows_per_scale if split.dim == 0 else _columns_per_scale(fmt)
+    for start, stop in split.ranges(rank):
+        if start % unit or stop % unit:
+            what = "row" if split.dim == 0 else "column"
+            raise OmniConvertError(
+                f"{printable(layer)}: rank {rank.index} of {rank.size} would hold the {what}s from {start} to {stop}, "
+                f"expected multiples of {unit}, which share a scale in {fmt.name}. Use fewer ranks, or convert again "
+                "and keep this layer (--ignore)."
+            )
+
+
+def _columns_per_scale(fmt: Format) -> int:
+    """How many columns share a scale and so stay together; 1 if whole rows do."""
+    block = getattr(fmt, "block_size", None)
+    if block:
+        return int(block[1])
+    return {"mxfp8": ASCEND_BLOCK, "mxfp4": ASCEND_BLOCK, "mxfp4_dualscale": 512}.get(fmt.name, 1)
+
+
+def local_tensors(fmt: Format | None, tensors: Mapping[str, Tensor], split: Split, rank: Rank) -> dict[str, Tensor]:
+    """A rank's part of a layer's tensors, by suffix. ``fmt``: None for a plain layer.
+
+    Of a layer that is split by columns the bias is added once: on all ranks but the first it is zero.
+    """
+    found = {}
+    for suffix, tensor in tensors.items():
+        if suffix == "weight" or (suffix == "bias" and split.dim == 0):
+            found[suffix] = _cut(tensor, split.dim, split, rank)
+        elif suffix == "bias":
+            found[suffix] = tensor.clone() if rank.index == 0 else torch.zeros_like(tensor)
+        else:
+            assert fmt is not None
+            dim, unit = _scale_dim(fmt, suffix, split.dim)
+            found[suffix] = tensor.clone() if dim is None else _cut(tensor, dim, split, rank, unit)
+    return found
+
+
+@functools.cache
+def _scale_dim(fmt: Format, suffix: str, dim: int) -> tuple[int | None, int]:
+    """The dimension of a scale that grows with dimension ``dim`` of the weight (None: none), and how many weights one
+    element of it stands for."""
+    block = getattr(fmt, "block_size", None)
+    side = 512 * (block[dim] if block else 1)  # whole blocks of any format
+    shapes = [(side, side), (2 * side, side) if dim == 0 else (side, 2 * side)]
+    small, large = (fmt.tensors(shape)[suffix].shape for shape in shapes)
+    grown = [place for place, (a, b) in enumerate(zip(small, large, strict=True)) if a != b]
+    return (grown[0], side // small[grown[0]]) if grown else (None, 1)
+
+
+def _cut(tensor: Tensor, dim: int, split: Split, rank: Rank, unit: int = 1) -> Tensor:
+    """A copy of a rank's part, which alone is read from the file. ``unit``: how many weights one element stands for."""
+    parts = [tensor.narrow(dim, start // unit, -(-stop // unit) - start // unit) for start, stop in split.ranges(rank)]
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def _add_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A forward hook: the sum of all ranks' results."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        raise OmniConvertError(
+            "this model holds one rank's part of every layer, expected a process group to add up the parts: start all "
+            "ranks with torchrun and call torch.distributed.init_process_group first."
+        )
+    total = output.contiguous()
+    dist.all_reduce(total)
+    return total

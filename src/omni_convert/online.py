@@ -1,0 +1,182 @@
+"""Online quantization: the converter decides, the runtime quantizes while it loads."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni_convert.converter.checkpoint import Checkpoint, Component
+from omni_convert.converter.convert import plan
+from omni_convert.converter.plan import ComponentPlan, Plan, make_plan
+from omni_convert.converter.recipe import Choices, make_recipe
+from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.header import Header, StoredTensor, TensorSpec
+from omni_convert.formats.layout import Shards
+from omni_convert.formats.quant_config import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from typing_extensions import Unpack
+
+    from omni_convert.runtime.online import Online
+    from omni_convert.runtime.parallel import Rank
+
+FALLBACK_BLOCKS = 5
+"""Leading blocks that vLLM-Omni's online ``mxfp4_dualscale`` leaves in BF16 unless it is told otherwise."""
+_FALLBACK_KEY = "num_bf16_fallback_layers"
+
+
+def load_online(
+    path: str | os.PathLike[str],
+    quantization: Spec,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    rank: Rank | None = None,
+    **choices: Unpack[Choices],
+) -> Any:
+    """See ``omni_convert.load``."""
+    from omni_convert.runtime.load import check_folder, load
+    from omni_convert.runtime.online import stored_weights
+
+    check_folder(Path(path))
+    made = _plan(partial(plan, path), quantization, choices)
+    parts = {}
+    for part in made.components:
+        files = {name: header.path for name, _, header in part.component.tensors()}
+        parts[part.component.name] = _online(part, stored_weights(files))
+    return load(path, device=device, dtype=dtype, online=parts, rank=rank)
+
+
+def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) -> nn.Module:
+    """See ``omni_convert.quantize_``."""
+    from torch import nn
+
+    from omni_convert.runtime.replace import quantize_linears
+
+    checkpoint = _as_checkpoint(model)
+
+    def make(spec: Spec, **kept: Unpack[Choices]) -> Plan:
+        return make_plan(checkpoint, make_recipe(quantization=spec, **kept))
+
+    made = _plan(make, quantization, choices)
+
+    def weight(layer: str) -> torch.Tensor:
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, nn.Linear)
+        return linear.weight
+
+    online = _online(made.components[0], weight)
+    quantize_linears(model, online)
+    if library := _library(model):
+        import_module(f"omni_convert.runtime.{library}_plugin").announce(model, online.config.to_dict())
+    return model
+
+
+def _library(model: nn.Module) -> str | None:
+    """Whose model it is: then it has a config, which is saved with it."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        return "transformers"
+    return "diffusers" if hasattr(model, "register_to_config") else None
+
+
+def _plan(make: Callable[..., Plan], quantization: Spec, choices: Choices) -> Plan:
+    """``make(spec, **choices)``, where the method has them without the leading blocks that stay unquantized."""
+    spec, count = _fallback_blocks(quantization, choices)
+    made = make(spec, **choices)
+    blocks = re.compile(rf"^blocks\.({'|'.join(map(str, range(count)))})\.")
+    if count and any(blocks.match(tensor.layer) for tensor in made.tensors() if tensor.decision.format):
+        made = make(spec, **{**choices, "ignore": [*choices.get("ignore", ()), f"re:{blocks.pattern}"]})
+    return made
+
+
+def _fallback_blocks(quantization: Spec, choices: Choices) -> tuple[Spec, int]:
+    """The spec without ``num_bf16_fallback_layers``, and how many leading blocks stay unquantized."""
+    spec = dict(quantization) if isinstance(quantization, Mapping) else {"method": quantization}
+    method = spec.get("method", spec.get("quant_method")) or choices.get("method")
+    if isinstance(quantization, QuantizationConfig):
+        method = quantization.format.name
+    given = spec.pop(_FALLBACK_KEY, None)
+    rest = spec if isinstance(quantization, Mapping) else quantization
+    if method != "mxfp4_dualscale":
+        if given is not None:
+            raise UsageError(f"{_FALLBACK_KEY} is {given!r}, expected no such key: only mxfp4_dualscale knows it.")
+        return rest, 0
+    count = FALLBACK_BLOCKS if given is None else given
+    if type(count) is not int or count < 0:
+        raise UsageError(f"{_FALLBACK_KEY} is {count!r}, expected a number of blocks, 0 or more.")
+    return rest, count
+
+
+def _online(part: ComponentPlan, weight: Callable[[str], torch.Tensor]) -> Online:
+    from omni_convert.runtime.online import LayerPlan, Online
+
+    together: dict[str, list[str]] = defaultdict(list)
+    for tensor in part.tensors():
+        if tensor.amax_of:
+            together[tensor.amax_of].append(tensor.layer)
+    layers = {
+        tensor.layer: LayerPlan(
+            format=tensor.decision.format,
+            amax_with=tuple(together[tensor.amax_of]) if tensor.amax_of else (),
+            input_scale=tensor.input_scale,
+        )
+        for tensor in part.tensors()
+        if tensor.decision.format
+    }
+    return Online(config=part.quantization, layers=layers, weight=weight)
+
+
+def _as_checkpoint(model: nn.Module) -> Checkpoint:
+    """What a model in memory holds, as if it lay in a folder; of its tensors those of plain linears."""
+    from torch import nn
+
+    from omni_convert.runtime.linear import QuantizedLinear
+
+    name = type(model).__name__
+    tensors = {}
+    for layer, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            raise OmniConvertError(
+                f"{name}: {layer} is quantized already, expected a model of plain weights. Load the original anew."
+            )
+        if type(module) is nn.Linear:  # subclasses, and torch's own attention, read `weight` themselves
+            own = module.named_parameters(recurse=False)
+            tensors.update({f"{layer}.{key}": TensorSpec(*_spec(tensor)) for key, tensor in own})
+    if not tensors:
+        raise OmniConvertError(f"{name}: holds no nn.Linear, expected some to quantize.")
+    shards = Shards(headers=(_header(name, tensors),), index_name=None, index_metadata={})
+    component = Component(name="", folder=Path(name), config=_config(model), shards=shards)
+    return Checkpoint(root=Path(name), kind="model", components=(component,), others={}, left_out={})
+
+
+def _spec(tensor: torch.Tensor) -> tuple[str, tuple[int, ...]]:
+    import torch
+
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    return names.get(tensor.dtype, "F64"), tuple(tensor.shape)
+
+
+def _header(name: str, tensors: Mapping[str, TensorSpec]) -> Header:
+    stored, end = {}, 0
+    for key, spec in tensors.items():
+        stored[key] = StoredTensor(spec=spec, start=end)
+        end += spec.nbytes
+    return Header(path=Path(name), tensors=stored, metadata={}, file_size=end, mtime_ns=0, sha256="")
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """As its library writes it; of any other model, the name of its class."""
+    library = _library(model)
+    if library == "transformers":
+        return {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    return {**(model.config if library else {}), "_class_name": type(model).__name__}

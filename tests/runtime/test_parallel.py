@@ -1,0 +1,143 @@
+"""Two processes that hold a part each give the result of one that holds all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conversions import matrices, weights
+from kinds import CHOICES, KINDS
+from quantized import as_bytes
+
+import omni_convert
+from omni_convert import OmniConvertError, UsageError
+from omni_convert.formats.base import Facts, Format
+from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.parallel import Rank, Split, local_tensors
+
+SPLIT = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2")
+FITS = [kind for kind in CHOICES if kind != "mxfp4_dualscale"]  # its groups of 512 columns are wider than a part here
+RANK = """
+import sys, torch, omni_convert
+folder, inputs, out, store, rank = sys.argv[1:]
+torch.distributed.init_process_group("gloo", init_method=store, rank=int(rank), world_size=2)
+model = omni_convert.load(folder, tp_rank=int(rank), tp_size=2)
+with torch.inference_mode():
+    output = model(**torch.load(inputs))[0]
+torch.save((output, {name: value.clone() for name, value in model.state_dict().items()}), f"{out}-{rank}")
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    model = QwenImageTransformer2DModel(
+        num_layers=1, num_attention_heads=4, attention_head_dim=32, joint_attention_dim=48, axes_dims_rope=(8, 12, 12)
+    )
+    path = tmp_path_factory.mktemp("wide")
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def convert(source: Path, out: Path, kind: str, **more: Any) -> Path:
+    static = {"input_scales": dict.fromkeys(matrices(weights(source)), 0.5)} if kind == "fp8 static" else {}
+    omni_convert.convert(source, out, target="omni-convert", **CHOICES[kind], **static, **more)
+    return out
+
+
+def run_ranks(folder: Path, inputs: dict[str, Any], work: Path) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    torch.save(inputs, work / "inputs")
+    arguments = [str(folder), str(work / "inputs"), str(work / "out"), f"file://{work / 'store'}"]
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, *arguments, str(rank)]) for rank in (0, 1)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    return [torch.load(work / f"out-{rank}") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8 tensor", "fp8 block", "mxfp4"])
+def test_two_processes_are_one(kind: str, wide_plain: Path, qwen_inputs: dict[str, Any], tmp_path: Path) -> None:
+    folder = convert(wide_plain, tmp_path / "model", kind, ignore=["txt_mlp"])
+    whole = omni_convert.load(folder)
+    with torch.inference_mode():
+        expected = whole(**qwen_inputs)[0]
+    (first, state), (second, _) = run_ranks(folder, qwen_inputs, tmp_path)
+    assert torch.equal(first, second)
+    assert (first - expected).norm() / expected.norm() < 0.01
+    block = "transformer_blocks.0."
+    for name in (*SPLIT, "txt_mlp.net.2"):
+        assert state[f"{block}{name}.weight"].numel() * 2 == whole.state_dict()[f"{block}{name}.weight"].numel()
+    assert torch.equal(state[f"{block}img_mod.1.weight"], whole.state_dict()[f"{block}img_mod.1.weight"])
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_parts_make_the_whole(kind: str, wide_plain: Path, tmp_path: Path) -> None:
+    """Every rank's codes and scales, put together, are those on disk."""
+    folder = convert(wide_plain, tmp_path / "model", kind)
+    whole = omni_convert.load(folder)
+    parts = [omni_convert.load(folder, tp_rank=rank, tp_size=2) for rank in (0, 1)]
+    for name in SPLIT:
+        full = whole.get_submodule(f"transformer_blocks.0.{name}")
+        ranks = [part.get_submodule(f"transformer_blocks.0.{name}") for part in parts]
+        assert isinstance(full, QuantizedLinear)
+        dim = 1 if name.endswith(("to_out.0", "net.2")) else 0
+        values = torch.cat([rank.format.dequantize(rank.state_dict()) for rank in ranks], dim)
+        assert torch.equal(values, full.format.dequantize(full.state_dict()))
+        bias = ranks[0].bias + ranks[1].bias if dim else torch.cat([rank.bias for rank in ranks])
+        assert torch.equal(bias, full.bias)
+        held = sum(as_bytes(tensor).numel() for rank in ranks for tensor in rank.state_dict().values())
+        assert held < 1.3 * sum(as_bytes(tensor).numel() for tensor in full.state_dict().values())
+
+
+def test_quantized_while_loading(wide_plain: Path, tmp_path: Path) -> None:
+    folder = convert(wide_plain, tmp_path / "model", "int8")
+    for rank in (0, 1):
+        offline = omni_convert.load(folder, tp_rank=rank, tp_size=2)
+        online = omni_convert.load(wide_plain, method="int8", target="omni-convert", tp_rank=rank, tp_size=2)
+        for name, value in offline.state_dict().items():
+            assert torch.equal(as_bytes(online.state_dict()[name]), as_bytes(value)), name
+
+
+@pytest.mark.parametrize("fmt", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("blocks", [(1024, 1024), (2048,), (1024, 3072)])
+def test_every_tensor_is_cut_with_the_weight(fmt: Format, dim: int, blocks: tuple[int, ...]) -> None:
+    shape = (sum(blocks), 512) if dim == 0 else (48, sum(blocks))
+    generator = torch.Generator().manual_seed(0)
+    tensors = fmt.quantize(torch.randn(shape, generator=generator), Facts(input_scale=0.25))
+    if "mul_scale" in tensors:
+        tensors["mul_scale"] = torch.rand(shape[1], generator=generator)
+    values, split = fmt.dequantize(tensors), Split(dim, blocks)
+    for index in (0, 1):
+        found = fmt.dequantize(local_tensors(fmt, tensors, split, Rank(index, 2)))
+        expected = torch.cat([values.narrow(dim, a, b - a) for a, b in split.ranges(Rank(index, 2))], dim)
+        assert torch.equal(found, expected)
+
+
+def test_cuts_within_a_block_are_refused(wide_plain: Path, tmp_path: Path) -> None:
+    folder = convert(wide_plain, tmp_path / "dual", "mxfp4_dualscale")
+    with pytest.raises(OmniConvertError, match=r"columns from 0 to 64, expected multiples of 512"):
+        omni_convert.load(folder, tp_rank=0, tp_size=2)
+    folder = convert(wide_plain, tmp_path / "block", "fp8 block")
+    with pytest.raises(OmniConvertError, match="4 attention heads, expected a multiple of tp_size, which is 3"):
+        omni_convert.load(folder, tp_rank=0, tp_size=3)
+
+
+def test_what_cannot_be_split(bert: Path, zimage: Path, qwen: Path, qwen_inputs: dict[str, Any]) -> None:
+    with pytest.raises(OmniConvertError, match="expected a model of Diffusers"):
+        omni_convert.load(bert, tp_rank=0, tp_size=2)
+    with pytest.raises(OmniConvertError, match="has no plan for tensor parallelism"):
+        omni_convert.load(zimage, tp_rank=0, tp_size=2)
+    for rank, size in ((None, 2), (0, None), (2, 2), (-1, 2)):
+        with pytest.raises(UsageError, match="tp_rank is"):
+            omni_convert.load(qwen, tp_rank=rank, tp_size=size)
+    part = omni_convert.load(qwen, tp_rank=0, tp_size=2)
+    with pytest.raises(OmniConvertError, match="expected a process group"):
+        part(**qwen_inputs)
+    assert not part.hf_quantizer.is_serializable
+    with pytest.raises(ValueError, match="not serializable"):
+        part.save_pretrained("nowhere")
