@@ -13,7 +13,7 @@ from torch import Tensor
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime import cpu, cuda
+from omni_convert.runtime import cpu, cuda, npu, npu_device
 from omni_convert.runtime.decode import decoded_linear
 
 _log = logging.getLogger(__name__)
@@ -23,10 +23,11 @@ Run = Callable[[Format, Tensor, Mapping[str, Tensor], "Tensor | None", Tensor], 
 
 
 class Device(NamedTuple):
-    """What decides about kernels. ``capability``: of a CUDA device, such as (9, 0)."""
+    """What decides about kernels. ``capability``: of a CUDA device, such as (9, 0). ``soc``: of an NPU, see there."""
 
     type: str
     capability: tuple[int, int] | None = None
+    soc: int | None = None
 
 
 class Kernel(NamedTuple):
@@ -66,10 +67,18 @@ _INT8_CUDA = (
     Kernel("cuda_int_mm", cuda.int_mm_linear, lambda fmt, shape, device: cuda.refuse_int_mm(shape)),
     DECODE,
 )
+_NPU = {
+    name: (
+        Kernel(f"npu_{name}", run, lambda fmt, shape, device: npu.refuse(fmt, shape), note="not measured, no hardware"),
+        DECODE,
+    )
+    for name, run in npu.LINEARS.items()
+}
 
 _KERNELS: Mapping[tuple[str, str], Sequence[Kernel]] = {
     ("int8", "cpu"): _INT8_CPU,
     ("int8", "cuda"): _INT8_CUDA,
+    **{(name, "npu"): kernels for name, kernels in _NPU.items()},
 }
 """By format and device type, best first; of all others ``DECODE`` is the only one."""
 
@@ -77,9 +86,20 @@ _KERNELS: Mapping[tuple[str, str], Sequence[Kernel]] = {
 @functools.cache
 def device_of(device: torch.device) -> Device:
     """What a PyTorch device is to kernels."""
-    if device.type != "cuda":
-        return Device(device.type)
-    return Device("cuda", torch.cuda.get_device_capability(device))
+    if device.type == "cuda":
+        return Device("cuda", capability=torch.cuda.get_device_capability(device))
+    return Device(device.type, soc=npu_device.soc_version() if device.type == "npu" else None)
+
+
+def check_format(fmt: Format, device: Device) -> None:
+    """Whether the device runs layers of this format, whatever their shape.
+
+    Raises:
+        OmniConvertError: it does not.
+    """
+    reason = npu_device.refuse_format(fmt, device.soc)
+    if reason is not None:
+        raise OmniConvertError(reason)
 
 
 @functools.cache
@@ -89,11 +109,7 @@ def choose(fmt: Format, shape: tuple[int, int], device: Device) -> Choice:
     Raises:
         OmniConvertError: the device has no kernels for this format.
     """
-    if device.type == "npu":
-        raise OmniConvertError(
-            f"found an {fmt.name} layer on an Ascend NPU, expected the CPU or a GPU: Ascend kernels are not there "
-            "yet. Serve the checkpoint with vLLM-Omni, which has them, or load it with device='cpu'."
-        )
+    check_format(fmt, device)
     rejected: dict[str, str] = {}
     for kernel in _KERNELS.get((fmt.name, device.type), (DECODE,)):
         reason = kernel.refuse(fmt, shape, device)

@@ -17,6 +17,8 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.runtime.component import Component, read_component
+from omni_convert.runtime.kernels import check_format, device_of
+from omni_convert.runtime.npu_device import open_device
 from omni_convert.runtime.online import Online
 from omni_convert.runtime.parallel import LOADING, Rank
 
@@ -49,13 +51,15 @@ def load(
     folder = Path(path)
     check_folder(folder)
     target = _parse_device(device)
+    for fmt in {fmt for part in (online or {}).values() for fmt in part.config.formats}:
+        check_format(fmt, device_of(target))
     token = LOADING.set(rank)
     try:
         if (folder / PIPELINE_INDEX).is_file():
             return _load_pipeline(folder, target, dtype, online or {})
         component = read_component(folder)
         if online is None:
-            _check_quantized(folder, [component])
+            _check_quantized(folder, [component], target)
         if rank and _library(component) != "diffusers":
             raise OmniConvertError(
                 f"{folder}: tp_size={rank.size} was asked for, expected a model of Diffusers: models of Transformers "
@@ -84,7 +88,7 @@ def _load_model(component: Component, dtype: torch.dtype | None, online: Online 
 def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None, online: Mapping[str, Online]) -> Any:
     components = _pipeline_components(folder)
     if not online:
-        _check_quantized(folder, components.values())
+        _check_quantized(folder, components.values(), device)
     diffusers = _import_library("diffusers")
     if any(_library(component) == "transformers" for component in components.values()):
         _import_library("transformers")
@@ -157,20 +161,20 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _check_quantized(folder: Path, components: Iterable[Component]) -> None:
-    if not any(component.quantization is not None for component in components):
+def _check_quantized(folder: Path, components: Iterable[Component], device: torch.device) -> None:
+    formats = [fmt for component in components if component.quantization for fmt in component.quantization.formats]
+    if not formats:
         raise OmniConvertError(
             f"{folder}: found no quantization_config, expected one of {', '.join(FORMATS)}. Convert the checkpoint "
             "with omni-convert first, or load plain weights with the from_pretrained of their library."
         )
+    for fmt in formats:
+        check_format(fmt, device_of(device))
 
 
 def _parse_device(device: str | torch.device) -> torch.device:
     if str(device).partition(":")[0] == "npu":  # a name that PyTorch knows only with torch-npu installed
-        raise OmniConvertError(
-            "device 'npu' was asked for, expected the CPU or a GPU: Ascend kernels are not there yet. "
-            "Serve the checkpoint with vLLM-Omni, which has them."
-        )
+        return open_device(str(device))
     try:
         parsed = torch.device(device)
     except RuntimeError as error:

@@ -12,6 +12,7 @@ from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
+from omni_convert.runtime.kernels import check_format, device_of
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.online import Online
 
@@ -67,9 +68,9 @@ def replace_linears(
 
 def quantize_linears(model: nn.Module, online: Online) -> None:
     """Replace linears of a model in memory by quantized ones, one by one; ``online``: by module names."""
-    # What shares a scale must all be seen before the first of it goes.
-    for layer in online.layers:
-        online.amax(layer)
+    for layer, plan in online.layers.items():
+        check_format(plan.format, device_of(online.weight(layer).device))
+        online.amax(layer)  # what shares a scale must all be seen before the first of it goes
     for layer in online.layers:
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
