@@ -21,10 +21,10 @@ class QuantizedLinear(nn.Linear):
     State: ``weight`` (N, K), the codes, a parameter without gradient; the other tensors of ``format``, buffers;
     ``bias`` (N,), a parameter, or None. Takes (..., K) in bf16, fp16 or fp32 and returns (..., N) in the same dtype.
 
-    INT8 quantizes activations per token at run time (W8A8); a row of activations that holds a NaN or an Inf gives a row
-    of NaN there (where only the kernel ``decode`` can run, what ``F.linear`` gives). In the other formats activations
-    stay as they are (weight-only) and the output is that of ``F.linear`` with the dequantized weight in their dtype, up
-    to the order of float32 sums; the scale of static activations (``input_scale``) is kept for other engines.
+    What happens to the activations is the kernel's business. With ``decode`` they stay as they are (weight-only), and
+    the output is that of ``F.linear`` with the dequantized weight in their dtype, up to the order of float32 sums. INT8
+    on CPUs quantizes them per token (W8A8); a row that holds a NaN or an Inf gives a row of NaN there. The scale of
+    static activations (``input_scale``) is kept for other engines.
 
     It is an ``nn.Linear`` because adapters look for one. Casting the model casts the bias only. Scales are buffers, so
     that ``model.dtype`` and optimizers, which look at parameters, do not see them; the bias comes first, so that
@@ -74,8 +74,7 @@ class QuantizedLinear(nn.Linear):
     def extra_repr(self) -> str:
         device = self.weight.device
         shape = (self.out_features, self.in_features)
-        undecided = device.type in ("meta", "npu")
-        kernel = "undecided" if undecided else choose(self.format, shape, device_of(device)).kernel.name
+        kernel = "undecided" if device.type == "meta" else choose(self.format, shape, device_of(device)).kernel.name
         return f"{super().extra_repr()}, format={format_label(self.format)}, kernel={kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
