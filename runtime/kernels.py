@@ -13,7 +13,8 @@ from torch import Tensor
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime import cpu, cuda, npu, npu_device
+from omni_convert.runtime import cpu, cuda, cuda_fp8, cuda_mx, npu, npu_device
+from omni_convert.runtime.cuda_device import Capability, capability_of
 from omni_convert.runtime.decode import decoded_linear
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Device(NamedTuple):
     """What decides about kernels. ``capability``: of a CUDA device, such as (9, 0). ``soc``: of an NPU, see there."""
 
     type: str
-    capability: tuple[int, int] | None = None
+    capability: Capability | None = None
     soc: int | None = None
 
 
@@ -50,6 +51,14 @@ def _accept(fmt: Format, shape: tuple[int, int], device: Device) -> str | None:
     return None
 
 
+def _cuda(name: str, run: Run, refuse: Callable[[Format, tuple[int, int], Capability], str | None]) -> Kernel:
+    def refuse_device(fmt: Format, shape: tuple[int, int], device: Device) -> str | None:
+        assert device.capability is not None, "a CUDA device has one"
+        return refuse(fmt, shape, device.capability)
+
+    return Kernel(name, run, refuse_device, "not measured on a device yet")
+
+
 DECODE = Kernel(
     "decode",
     decoded_linear,
@@ -64,9 +73,16 @@ _INT8_CPU = (
     DECODE,
 )
 _INT8_CUDA = (
-    Kernel("cuda_int_mm", cuda.int_mm_linear, lambda fmt, shape, device: cuda.refuse_int_mm(shape)),
+    _cuda("triton", cuda.triton_linear, cuda.refuse_triton),
+    _cuda("cuda_int_mm", cuda.int_mm_linear, cuda.refuse_int_mm),
     DECODE,
 )
+_FP8_CUDA = (
+    _cuda("scaled_mm", cuda_fp8.scaled_mm_linear, cuda_fp8.refuse_scaled_mm),
+    _cuda("unscaled_mm", cuda_fp8.unscaled_linear, cuda_fp8.refuse_unscaled),
+    DECODE,
+)
+_MX_CUDA = (_cuda("mx_scaled_mm", cuda_mx.scaled_mm_linear, cuda_mx.refuse_scaled_mm), DECODE)
 _NPU = {
     name: (
         Kernel(f"npu_{name}", run, lambda fmt, shape, device: npu.refuse(fmt, shape), note="not measured, no hardware"),
@@ -78,6 +94,9 @@ _NPU = {
 _KERNELS: Mapping[tuple[str, str], Sequence[Kernel]] = {
     ("int8", "cpu"): _INT8_CPU,
     ("int8", "cuda"): _INT8_CUDA,
+    ("fp8", "cuda"): _FP8_CUDA,
+    ("mxfp8", "cuda"): _MX_CUDA,
+    ("mxfp4", "cuda"): _MX_CUDA,
     **{(name, "npu"): kernels for name, kernels in _NPU.items()},
 }
 """By format and device type, best first; of all others ``DECODE`` is the only one."""
@@ -85,9 +104,9 @@ _KERNELS: Mapping[tuple[str, str], Sequence[Kernel]] = {
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """What a PyTorch device is to kernels."""
+    """What a PyTorch device is to kernels. ROCm calls itself CUDA, but no kernel here was written for it."""
     if device.type == "cuda":
-        return Device("cuda", capability=torch.cuda.get_device_capability(device))
+        return Device("cuda", capability=capability_of(device)) if torch.version.hip is None else Device("rocm")
     return Device(device.type, soc=npu_device.soc_version() if device.type == "npu" else None)
 
 
