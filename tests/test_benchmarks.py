@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,27 @@ def test_scale(tmp_path: Path) -> None:
 def test_peers_are_listed_without_their_import() -> None:
     listed = json.loads(bench("bench_peers.py"))
     assert {name.split()[0] for name in listed} == {"llm-compressor", "Quark", "auto-round", "torchao"}
+
+
+def test_runtime_on_a_processor() -> None:
+    small = ["--device", "cpu", "--rounds", 1, "--layers", 1, "--heads", 1, "--image-tokens", 16]
+    printed = bench("bench_runtime.py", *small, "--tokens", "1,3", "--shapes", "64x32,32x64", "--formats", "int8,mxfp8")
+    for start in (
+        "| N x K | tokens | BF16, ms | int8 | mxfp8 |",
+        "| 64 x 32 | 3 |",
+        "| 32 x 64 | 1 |",
+        "| BF16 | BF16 |",
+    ):
+        assert start in printed
+    assert "| mxfp8 | decode |" in printed
+    assert printed.count("\n| 64 x 32 |") == printed.count("\n| 32 x 64 |") == 2
+
+
+def test_runtime_without_a_gpu_says_so() -> None:
+    command = [sys.executable, SCRIPTS / "bench_runtime.py"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.endswith("finds no GPU here: nothing to measure.\n")
+    result = subprocess.run([*command, "--formats", "int8,int3"], capture_output=True, text=True)
+    assert (result.returncode, result.stderr[:17]) == (2, "--formats: int3, ")
