@@ -28,8 +28,7 @@ GROUP = 8
 """Tiles of rows that take turns, see ``triton_kernels.int8_linear``."""
 
 _WITHOUT_INT8 = (10, 3)
-"""B300: its tensor cores multiply int8 at a fraction of the rate of BF16. Source: HGX B300 data sheet, PyTorch issue
-187094."""
+"""B300 has no int8 products of its own: compilers fall back to Ampere's, far below BF16 (PyTorch issue 187094)."""
 
 
 class Tile(NamedTuple):
@@ -53,9 +52,9 @@ def tile_for(rows: int, capability: Capability) -> Tile:
         return Tile(64, 64, 128, 4, 4)
     if rows <= 256:
         return Tile(64, 128, 128, 4, 3)
-    if capability == (8, 0) or capability[0] in (9, 10):
-        return Tile(128, 256, 128, 8, 3)
-    return Tile(128, 256, 64, 8, 3)
+    if capability[0] == 8:  # whose products read their operands from registers, of which 128 x 256 takes too many
+        return Tile(128, 128, 128, 8, 3)
+    return Tile(128, 256, 128, 8, 3)
 
 
 def refuse_triton(fmt: Format, shape: tuple[int, int], capability: Capability) -> str | None:

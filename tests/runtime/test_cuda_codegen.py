@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,8 @@ INT8 = {
 class Compiled(NamedTuple):
     ptx: str
     shared: int
+    spilled: int
+    """Bytes per thread that did not fit into registers."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +54,18 @@ def compile_kernel(
     source = triton.compiler.ASTSource(kernel, signature, constants, even)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     found = triton.compile(source, target=target, options={"enable_fp_fusion": False, **options})
-    return Compiled(found.asm["ptx"], found.metadata.shared)
+    return Compiled(found.asm["ptx"], found.metadata.shared, stack_bytes(found.asm["cubin"]))
+
+
+def stack_bytes(cubin: bytes) -> int:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.findall(r" STACK:(\d+)", printed)[0])
 
 
 def compile_int8(rows: int, capability: Capability, dtype: str = "*bf16") -> Compiled:
@@ -73,6 +88,7 @@ def test_int8_products_use_tensor_cores(rows: int, capability: Capability) -> No
     instruction = INT8[capability] if rows > 256 else r"s32\.s8\.s8|kind::i8"
     assert re.search(instruction, found.ptx), sorted(set(re.findall(r"\S*mma\S*", found.ptx)))
     assert found.shared <= SHARED[capability]
+    assert found.spilled <= 64, "what does not fit into registers is slow"
     assert "cp.async" in found.ptx  # loads that overlap with products
 
 
