@@ -10,7 +10,7 @@ from kinds import KINDS
 
 from omni_convert.formats import make_format
 from omni_convert.formats.base import Format
-from omni_convert.runtime import cuda, cuda_mx, kernels
+from omni_convert.runtime import cuda, cuda_device, cuda_mx, kernels
 from omni_convert.runtime.kernels import Device, choose
 
 BLOCKS = make_format("fp8", granularity="block")
@@ -89,6 +89,20 @@ def test_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name_and_reasons(KINDS["int8"], SHAPE, HOPPER) == ("cuda_int_mm", ["triton: Triton is not installed"])
     assert name_and_reasons(KINDS["mxfp8"], SHAPE, B200) == ("decode", ["mx_scaled_mm: Triton is not installed"])
     assert name_and_reasons(KINDS["fp8 tensor"], SHAPE, HOPPER) == ("scaled_mm", [])
+
+
+@pytest.mark.parametrize(
+    ("missing", "expected"),
+    [("module", "Triton is not installed"), ("compiler", "Triton needs a C compiler: gcc, clang or what CC names"),
+     ("CC", None), ("nothing", None)],
+)  # fmt: skip
+def test_what_triton_needs(missing: str, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing == "module" else object())
+    monkeypatch.setattr("shutil.which", lambda name: None if missing in ("compiler", "CC") else name)
+    monkeypatch.delenv("CC", raising=False)
+    if missing == "CC":
+        monkeypatch.setenv("CC", "cc")
+    assert cuda_device.missing_triton.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(

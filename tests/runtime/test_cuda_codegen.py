@@ -12,9 +12,9 @@ import pytest
 
 from omni_convert.runtime import cuda
 from omni_convert.runtime.cuda import tile_for
-from omni_convert.runtime.cuda_device import Capability, missing_triton
+from omni_convert.runtime.cuda_device import Capability
 
-pytestmark = pytest.mark.skipif(missing_triton() is not None, reason="there is no Triton for this machine")
+pytest.importorskip("triton", reason="there is no Triton for this machine")
 
 KIB = 1024
 SHARED = {(8, 0): 163 * KIB, (8, 9): 99 * KIB, (9, 0): 227 * KIB, (10, 0): 227 * KIB, (12, 0): 99 * KIB}
