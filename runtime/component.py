@@ -60,6 +60,8 @@ def read_component(path: Path) -> Component:
         _check_flag(announced, tensors, f"{config_path}: quantization_config")
         quantization = parse_config(announced, f"{config_path}: quantization_config")
         quantized_layers(tensors, quantization, str(path))
+    else:
+        _check_plain(tensors, config_path)
     return Component(path=path, config=config, tensors=tensors, quantization=quantization)
 
 
@@ -143,6 +145,18 @@ def quantized_layers(
             "the other. Convert the checkpoint again."
         )
     return {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
+
+
+def _check_plain(tensors: Mapping[str, TensorSpec], config_path: Path) -> None:
+    """Libraries load codes as if they were weights where the config does not say what they are."""
+    codes = {fmt.tensors((1, 1))["weight"].dtype for fmt in FORMATS.values()}
+    for name, spec in tensors.items():
+        scale = next((scale for scale in (f"{name}_scale", f"{name}_scale_inv") if scale in tensors), None)
+        if spec.dtype in codes and scale is not None:
+            raise OmniConvertError(
+                f"{config_path}: found no quantization_config, expected one because tensor {name} is {spec.dtype} and "
+                f"{scale} is there. Its codes would be taken for weights: restore the entry, or convert again."
+            )
 
 
 def _layer_shape(

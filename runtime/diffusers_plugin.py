@@ -23,6 +23,7 @@ from omni_convert.runtime.component import read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import Online
+from omni_convert.runtime.operator import HELD, as_codes
 from omni_convert.runtime.parallel import LOADING, Split, local_tensors, split_linears
 from omni_convert.runtime.replace import check_converted, check_loaded, fill, replace_linears
 
@@ -102,14 +103,15 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
     ) -> bool:
-        """Whether the tensor is loaded by ``create_quantized_param``: scales are, codes pass through untouched; of
-        plain weights, those that are quantized."""
+        """Whether the tensor is loaded by ``create_quantized_param``: all of a quantized layer are but its bias; of
+        plain weights, those that are quantized; and what is split among processes."""
         layer, _, suffix = param_name.rpartition(".")
         if layer in self._splits:
             return True
         if self._online:
             return suffix == "weight" and layer in self._replaced
-        return self._is_scale(model, param_name)
+        module = model.get_submodule(layer)
+        return isinstance(module, QuantizedLinear) and suffix in module.format.suffixes
 
     def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded: torch.Tensor) -> None:
         """Called where shapes differ: they must, where a rank loads its part."""
@@ -142,6 +144,18 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             tensors = {suffix: tensors[suffix].to(param_value.dtype)}
         assert isinstance(module, nn.Linear)
         fill(module, {name: tensor.to(target_device) for name, tensor in tensors.items()})
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``save_pretrained`` writes: codes in the dtype that they have on disk."""
+        config = self.quantization_config.quantization
+        stored = {
+            name: as_codes(tensor, config.format_on_disk(name.removesuffix(".weight")))
+            for name, tensor in state_dict.items()
+            if name.endswith(".weight") and tensor.dtype == HELD
+        }
+        return {**state_dict, **stored}, {}
 
     def _is_scale(self, model: nn.Module, name: str) -> bool:
         layer, _, suffix = name.rpartition(".")

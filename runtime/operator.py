@@ -20,6 +20,10 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime import reference
 from omni_convert.runtime.decode import decode
 from omni_convert.runtime.kernels import choose, device_of
+from omni_convert.runtime.prepared import reinterpreted
+
+HELD = torch.int8
+"""The dtype in which layers hold codes, whatever their format."""
 
 _DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
 
@@ -27,6 +31,16 @@ _DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, 
 def stored_tensors(fmt: Format, shape: tuple[int, int]) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Suffix -> dtype and shape of the tensors of a layer whose weight is ``shape`` (N, K)."""
     return {suffix: (_DTYPES[spec.dtype], spec.shape) for suffix, spec in fmt.tensors(shape).items()}
+
+
+def as_codes(weight: Tensor, fmt: Format) -> Tensor:
+    """``weight`` (N, K), as a layer holds it, in the dtype that its codes have on disk. Shares memory."""
+    return weight.view(_code_dtype(fmt)) if weight.dtype == HELD else weight
+
+
+@functools.cache
+def _code_dtype(fmt: Format) -> torch.dtype:
+    return _DTYPES[fmt.tensors((1, 1))["weight"].dtype]
 
 
 def format_text(fmt: Format) -> str:
@@ -47,16 +61,18 @@ def _format(text: str) -> Format:
 def quantized_linear(
     x: Tensor, weight: Tensor, scales: Sequence[Tensor], bias: Tensor | None, handle: Tensor, format: str
 ) -> Tensor:
-    """``x``: (..., K); ``weight``: (N, K) codes; ``scales``: the other tensors of the format; ``bias``: (N,).
+    """``x``: (..., K); ``weight``: (N, K) codes, as a layer holds them or as on disk; ``bias``: (N,).
 
-    ``handle``: of ``prepared``. ``format``: see ``format_text``. Returns (..., N) in the dtype of ``x``. Differentiable
-    in ``x`` and ``bias``, as if the activations were not quantized (straight through).
+    ``scales``: the other tensors of the format, in its order. ``handle``: of ``prepared``. ``format``: see
+    ``format_text``. Returns (..., N) in the dtype of ``x``. Differentiable in ``x`` and ``bias``, as if the activations
+    were not quantized (straight through).
 
     Raises:
         OmniConvertError: dtype, shape or device of ``x`` do not fit the layer, or those of its tensors the format.
     """
     fmt = _format(format)
-    tensors = dict(zip(fmt.suffixes, (weight, *scales), strict=True))
+    codes = reinterpreted(weight, _code_dtype(fmt)) if weight.dtype == HELD else weight
+    tensors = dict(zip(fmt.suffixes, (codes, *scales), strict=True))
     _check_input(x, fmt, tensors)
     rows, columns = weight.shape
     kernel = choose(fmt, (rows, columns), device_of(x.device)).kernel
@@ -79,7 +95,7 @@ def _fake(
 def decoded_weight(weight: Tensor, scales: Sequence[Tensor], format: str, dtype: torch.dtype) -> Tensor:
     """(N, K) in ``dtype``, for gradients. An operator, because the compiler cannot trace what looks codes up."""
     fmt = _format(format)
-    tensors = dict(zip(fmt.suffixes, (weight, *scales), strict=True))
+    tensors = dict(zip(fmt.suffixes, (as_codes(weight, fmt), *scales), strict=True))
     return decode(fmt, tensors, weight.new_empty(weight.shape, dtype=dtype))
 
 

@@ -95,7 +95,9 @@ def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
     has_bias, device = linear.bias is not None, linear.weight.device
     if isinstance(linear, QuantizedLinear):
         dtype = linear.bias.dtype if has_bias else None
-        return QuantizedLinear(columns, rows, has_bias, device, dtype, fmt=linear.format)
+        part = QuantizedLinear(columns, rows, has_bias, device, dtype, fmt=linear.format)
+        part.await_stored()
+        return part
     return nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
 
 

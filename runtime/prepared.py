@@ -32,6 +32,7 @@ class _Prepared(NamedTuple):
 
 _TABLE: dict[int, _Prepared] = {}
 _NUMBERS = itertools.count()
+_ORIGINAL = "_omni_convert_original"
 
 
 def new_handle(owner: object) -> Tensor:
@@ -60,6 +61,16 @@ def prepared(handle: Tensor, sources: Sequence[Tensor], make: Callable[[], Any])
     return found.value
 
 
+def reinterpreted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in a dtype of the same size, and still the same source to ``prepared``.
+
+    Inside operators, and in inference mode, a view is not told what is written into its tensor.
+    """
+    view = tensor.view(dtype)
+    setattr(view, _ORIGINAL, tensor)
+    return view
+
+
 def prepared_bytes(handle: Tensor) -> int:
     """Memory that a layer takes now beside its own tensors; of opaque tensors what the plain ones would."""
     found = _TABLE.get(int(handle))
@@ -70,6 +81,7 @@ def prepared_bytes(handle: Tensor) -> int:
 
 
 def _source(tensor: Tensor) -> _Source:
+    tensor = getattr(tensor, _ORIGINAL, tensor)
     return _Source(
         storage=StorageWeakRef(tensor.untyped_storage()),  # type: ignore[no-untyped-call]
         address=tensor.data_ptr(),

@@ -1,4 +1,4 @@
-"""Hooks our formats into Diffusers and Transformers when, and only if, those are imported.
+"""Hooks our formats into Diffusers, Transformers and PEFT when, and only if, those are imported.
 
 Importing either takes seconds and the command line needs neither, so the plugins wait: an import finder imports a
 plugin, which registers itself, right after the library's own module. (A package for this exists, wrapt; importing it
@@ -17,6 +17,7 @@ from types import ModuleType
 _PLUGINS = {
     "diffusers.quantizers.auto": "omni_convert.runtime.diffusers_plugin",
     "transformers.quantizers.auto": "omni_convert.runtime.transformers_plugin",
+    "peft.tuners.tuners_utils": "omni_convert.runtime.peft_plugin",
 }
 
 
@@ -30,7 +31,7 @@ def register_plugins() -> None:
 
 
 class _PluginFinder(MetaPathFinder):
-    """Finds the two modules as the other finders do, and imports the plugin once the module is there."""
+    """Finds those modules as the other finders do, and imports the plugin once the module is there."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

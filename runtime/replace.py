@@ -60,8 +60,9 @@ def replace_linears(
                 f"{where}: tensor {layer}.bias is not in the checkpoint, but module {name} has a bias. "
                 "Convert the checkpoint again."
             )
-        fmt = online.layers[layer].format if online else config.format_on_disk(layer)
-        model.set_submodule(name, _like(linear, fmt))
+        quantized = _like(linear, online.layers[layer].format if online else config.format_on_disk(layer))
+        quantized.await_stored()
+        model.set_submodule(name, quantized)
         replaced[name] = layer
     return replaced
 
@@ -104,7 +105,7 @@ def _like(linear: nn.Linear, fmt: Format, device: torch.device | None = None) ->
 
 
 def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
-    """What the library loaded into the quantized modules is still quantized, and has no gradient.
+    """What the library loaded into the quantized modules is still quantized.
 
     Raises:
         OmniConvertError: a weight or a scale was cast, or replaced by a tied weight.
@@ -112,14 +113,14 @@ def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         module = model.get_submodule(name)
         assert isinstance(module, QuantizedLinear)
+        tensors = module.tensors()
         for suffix, (expected, _) in module.stored_tensors().items():
-            found = getattr(module, suffix).dtype
+            found = tensors[suffix].dtype
             if found != expected:
                 raise OmniConvertError(
                     f"{type(model).__name__}: {name}.{suffix} is {found} after loading, expected {expected}: it was "
                     "cast, or tied to an unquantized weight. Convert again and leave this layer unquantized."
                 )
-        module.weight.requires_grad_(False)  # Transformers asks for one of every floating-point parameter
 
 
 def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, ...]) -> nn.Linear:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import auto
@@ -17,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from omni_convert.formats.config import MIXED, parse_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
+from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import Online
 from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
@@ -61,6 +63,22 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """What a tensor is cast to while it is read: codes to nothing, also where the model keeps a layer in fp32."""
+        return None if param.get_dtype() == "F8_E4M3" else super().get_new_dtype(converter, param, dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``save_pretrained`` writes: codes in the dtype that they have on disk."""
+        from accelerate.utils import align_module_device
+
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, QuantizedLinear):
+                # Transformers fetches what is offloaded only when it writes, too late to say what the bytes are.
+                with align_module_device(module, torch.device("cpu") if module.weight.is_meta else None):
+                    state[f"{name}.weight"] = module.tensors()["weight"]
+        return state, {}
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from quantized import as_bytes
@@ -27,26 +30,51 @@ def quantized_names(folder: Path) -> set[str]:
 
 def assert_holds(model: nn.Module, folder: Path, prefix: str = "") -> None:
     """Codes and scales are those on disk, to the bit and in dtype; every quantized layer is a quantized module."""
-    state, layers = model.state_dict(), quantized_names(folder)
+    layers = quantized_names(folder)
     for name, value in stored(folder).items():
-        layer = name.rpartition(".")[0]
+        layer, _, suffix = name.rpartition(".")
         if layer in layers and layer.startswith(prefix):
-            found = state[name.removeprefix(prefix)]
-            if not name.endswith(".bias"):
-                assert found.dtype == value.dtype, name
-            assert torch.equal(as_bytes(found), as_bytes(value.to(found.dtype))), name
             module = model.get_submodule(layer.removeprefix(prefix))
             assert isinstance(module, QuantizedLinear)
-            assert not module.weight.requires_grad
+            assert (module.weight.dtype, module.weight.requires_grad) == (torch.int8, False)
+            if suffix == "bias":
+                assert torch.equal(module.bias, value.to(module.bias.dtype)), name
+                continue
+            found = module.tensors()[suffix]
+            assert found.dtype == value.dtype, name
+            assert torch.equal(as_bytes(found), as_bytes(value)), name
 
 
 def layers_of(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def dequantized(model: Any) -> Any:
+    """A copy whose quantized layers are plain ones with the same weights."""
+    model = copy.deepcopy(model)
+    for name, layer in layers_of(model).items():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=model.dtype)
+        weight = {"weight": layer.format.dequantize(layer.tensors())}
+        plain.load_state_dict(weight | ({} if layer.bias is None else {"bias": layer.bias}))
+        model.set_submodule(name, plain)
+    return model
+
+
+def assert_saves_same(model: Any, source: Path, target: Path, **options: Any) -> None:
+    """``save_pretrained`` writes every tensor of ``source``, with its bytes and dtype, and the same config entry."""
+    model.save_pretrained(target, **options)
+    before, after = stored(source), stored(target)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert (after[name].dtype, after[name].shape) == (value.dtype, value.shape), name
+        assert torch.equal(as_bytes(after[name]), as_bytes(value)), name
+    configs = [json.loads((path / "config.json").read_text())["quantization_config"] for path in (source, target)]
+    assert configs[0] == configs[1]
+
+
 def expected_output(layer: QuantizedLinear, x: torch.Tensor) -> torch.Tensor:
     """Of a layer whose activations are not quantized."""
-    weight = layer.format.dequantize(layer.state_dict()).to(x.dtype)
+    weight = layer.format.dequantize(layer.tensors()).to(x.dtype)
     return torch.nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
 from omni_convert.formats.base import Facts, Format
@@ -46,7 +47,7 @@ def quantize_folder(
             own = next((other for pattern, other in (layers or {}).items() if re.search(pattern, layer)), fmt)
             rules += [LayerRule(layer, own)] if own != fmt else []
             for suffix, part in own.quantize(value, Facts(input_scale=0.25)).items():
-                tensors[f"{layer}.{suffix}"] = part
+                tensors[f"{layer}.{suffix}"] = part.contiguous()
                 index["weight_map"][f"{layer}.{suffix}"] = shard.name
         save_file(tensors, shard, metadata={"format": "pt"})
     if index_path:
@@ -132,6 +133,24 @@ def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("masked-bert")
     BertForMaskedLM(_bert_config()).to(torch.bfloat16).save_pretrained(path)
     return quantize_folder(path, path.with_name("masked-bert-int8"))
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture(scope="session")
+def qwen_kind(kind: str, qwen_plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QwenImageTransformer2DModel in every kind of format."""
+    return quantize_folder(qwen_plain, tmp_path_factory.mktemp("qwen") / "transformer", fmt=KINDS[kind])
+
+
+@pytest.fixture(scope="session")
+def bert_kind(kind: str, bert_plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BertModel in every kind of format."""
+    return quantize_folder(bert_plain, tmp_path_factory.mktemp("bert") / "model", fmt=KINDS[kind])
 
 
 @pytest.fixture

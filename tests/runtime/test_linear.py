@@ -85,11 +85,12 @@ def test_is_a_linear_and_says_what_it_is(layer: QuantizedLinear) -> None:
     assert layer.format == INT8 or "kernel=decode" in repr(layer)
     assert "kernel=undecided" in repr(layer.to("meta"))
     assert [name for name, _ in layer.named_parameters()] == ["bias", "weight"]
-    assert not layer.weight.requires_grad
+    assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.int8, False)
     assert layer.state_dict().keys() == {*layer.format.suffixes, "bias"}
-    for suffix, spec in layer.format.tensors((24, 64)).items():
-        tensor = layer.state_dict()[suffix]
-        assert (tensor.shape, tensor.element_size() * tensor.numel()) == (spec.shape, spec.nbytes)
+    assert tuple(layer.tensors()) == tuple(layer.format.suffixes)
+    for suffix, tensor in layer.tensors().items():
+        assert (tensor.dtype, tensor.shape) == layer.stored_tensors()[suffix]
+        assert tensor.data_ptr() == getattr(layer, suffix).data_ptr()
     assert nn.Sequential(layer).state_dict().keys() == {f"0.{name}" for name in layer.state_dict()}
 
 
@@ -150,6 +151,21 @@ def test_copies_are_independent(layer: QuantizedLinear, x: torch.Tensor, duplica
     assert torch.equal(layer(x), before)
 
 
+def test_what_is_prepared_from_codes_follows_the_bytes_that_are_held() -> None:
+    held, made = torch.zeros(4, 4, dtype=torch.int8), []
+    handle = prepared.new_handle(held)
+
+    def prepare() -> int:
+        codes = prepared.reinterpreted(held, torch.float8_e4m3fn)
+        assert codes.data_ptr() == held.data_ptr()
+        prepared.prepared(handle, [codes], lambda: made.append(codes))
+        return len(made)
+
+    assert [prepare(), prepare(), torch.inference_mode()(prepare)()] == [1, 1, 1]
+    held.add_(1)
+    assert [torch.inference_mode()(prepare)(), prepare()] == [2, 2]
+
+
 def test_whole_module_can_be_saved(layer: QuantizedLinear, x: torch.Tensor) -> None:
     before, buffer = layer(x), io.BytesIO()
     torch.save(layer, buffer)
@@ -166,6 +182,9 @@ def test_new_weights_are_noticed(layer: QuantizedLinear, x: torch.Tensor) -> Non
     assert torch.equal(layer(x), expected(layer, x))
     layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
     assert torch.equal(layer(x), other(x))
+    layer.weight = nn.Parameter(flipped(other.tensors()["weight"]), requires_grad=False)
+    assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.int8, False)
+    assert torch.equal(layer(x), expected(layer, x))
     with torch.inference_mode():
         layer(x)
     layer.load_state_dict(make_layer(layer.format, seed=3).state_dict(), assign=True)
@@ -191,6 +210,19 @@ def test_packed_weight_is_built_once_and_freed(x: torch.Tensor) -> None:
     del layer
     gc.collect()
     assert number not in prepared._TABLE
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_comes_from_disk_or_from_another_layer(layer: QuantizedLinear, assign: bool) -> None:
+    """On disk codes have the dtype of the format, in ``state_dict`` that in which they are held."""
+    other = make_layer(layer.format, seed=1)
+    for codes in (other.tensors()["weight"], other.weight):
+        state = other.state_dict() | {"weight": codes.clone()}
+        layer = make_layer(layer.format)
+        layer.load_state_dict(state, assign=assign)
+        assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.int8, False)
+        assert torch.equal(layer.weight, other.weight)
+        assert state["weight"].dtype == codes.dtype
 
 
 def test_wrong_state_is_refused(layer: QuantizedLinear) -> None:
@@ -224,7 +256,7 @@ def test_tensors_of_another_shape_or_dtype_do_not_run(layer: QuantizedLinear, x:
 
 def test_gradient_is_that_of_the_dequantized_layer(layer: QuantizedLinear, x: torch.Tensor) -> None:
     plain = nn.Linear(64, 24)
-    plain.load_state_dict({"weight": layer.format.dequantize(layer.state_dict()), "bias": layer.bias})
+    plain.load_state_dict({"weight": layer.format.dequantize(layer.tensors()), "bias": layer.bias})
     layer.float()
     inputs = [x.float().reshape(1, 5, 64).requires_grad_() for _ in range(2)]
     for module, value in zip((layer, plain), inputs, strict=True):

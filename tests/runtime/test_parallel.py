@@ -85,8 +85,8 @@ def test_parts_make_the_whole(kind: str, wide_plain: Path, tmp_path: Path) -> No
         ranks = [part.get_submodule(f"transformer_blocks.0.{name}") for part in parts]
         assert isinstance(full, QuantizedLinear)
         dim = 1 if name.endswith(("to_out.0", "net.2")) else 0
-        values = torch.cat([rank.format.dequantize(rank.state_dict()) for rank in ranks], dim)
-        assert torch.equal(values, full.format.dequantize(full.state_dict()))
+        values = torch.cat([rank.format.dequantize(rank.tensors()) for rank in ranks], dim)
+        assert torch.equal(values, full.format.dequantize(full.tensors()))
         bias = ranks[0].bias + ranks[1].bias if dim else torch.cat([rank.bias for rank in ranks])
         assert torch.equal(bias, full.bias)
         held = sum(as_bytes(tensor).numel() for rank in ranks for tensor in rank.state_dict().values())
