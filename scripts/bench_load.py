@@ -16,6 +16,7 @@ is anonymous memory beyond that of a process that has only imported; mapped file
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -84,12 +85,11 @@ def touch(tensors: Iterable[torch.Tensor]) -> None:
         tensor.detach().contiguous().view(-1).view(torch.uint8)[::PAGE].sum()
 
 
-def measure(what: str, folder: Path, result: Path) -> None:
+def measure(library: str, what: str, folder: Path, result: Path) -> None:
     """In a process of its own; ``result`` receives the seconds."""
-    import diffusers.models.transformers.transformer_qwenimage  # noqa: F401
-    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
-
-    torch.set_num_threads(1)
+    module = {"diffusers": "diffusers.models.transformers.transformer_qwenimage",
+              "transformers": "transformers.models.qwen2.modeling_qwen2"}[library]  # fmt: skip
+    importlib.import_module(module)
     start = time.perf_counter()
     if what == "load_file":
         files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
@@ -109,7 +109,7 @@ def compare(library: str, arguments: argparse.Namespace, work: Path) -> list[tup
     usages: dict[str, list[Usage]] = {what: [] for what in seconds}
     for _ in range(arguments.rounds):
         for what, found in seconds.items():
-            command = [sys.executable, __file__, "--measure", what, str(work / "out"), str(work / "seconds")]
+            command = [sys.executable, __file__, "--measure", library, what, str(work / "out"), str(work / "seconds")]
             usages[what].append(run(command))
             found.append(float((work / "seconds").read_text()))
     imported = statistics.median(usage.anonymous for usage in usages.pop("imports"))
@@ -130,11 +130,11 @@ def main() -> None:
     parser.add_argument("--library", choices=STEMS, action="append", help="one of the two, not both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the models are written, and removed")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        what, folder, result = arguments.measure
-        measure(what, Path(folder), Path(result))
+        library, what, folder, result = arguments.measure
+        measure(library, what, Path(folder), Path(result))
         return
     rows = []
     for library in arguments.library or STEMS:

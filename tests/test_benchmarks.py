@@ -65,3 +65,11 @@ def test_runtime_without_a_gpu_says_so() -> None:
     assert result.stderr.endswith("finds no GPU here: nothing to measure.\n")
     result = subprocess.run([*command, "--formats", "int8,int3"], capture_output=True, text=True)
     assert (result.returncode, result.stderr[:17]) == (2, "--formats: int3, ")
+
+
+def test_loading(tmp_path: Path) -> None:
+    sizes = ["--gigabytes", 0.01, "--hidden", 256, "--rounds", 1, "--folder", tmp_path]
+    printed = bench("bench_load.py", *sizes, "--library", "diffusers")
+    for what in ("load_file", "omni_convert.load"):
+        assert f" GB: {what} " in printed
+    assert list(tmp_path.iterdir()) == []

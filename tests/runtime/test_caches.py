@@ -16,7 +16,7 @@ STEPS = 6
 Inputs = dict[str, Any]
 
 
-def caches() -> dict[str, Callable[[], Any]]:
+def caches(timestep: Callable[[], float]) -> dict[str, Callable[[], Any]]:
     """All that Diffusers has for this model; TextKVCache and SeaCache are for classes of their own."""
     from diffusers.hooks import (
         FasterCacheConfig,
@@ -25,9 +25,6 @@ def caches() -> dict[str, Callable[[], Any]]:
         PyramidAttentionBroadcastConfig,
         TaylorSeerCacheConfig,
     )
-
-    def timestep() -> int:
-        return 500
 
     return {
         "first block": lambda: FirstBlockCacheConfig(threshold=0.5),
@@ -51,15 +48,25 @@ def caches() -> dict[str, Callable[[], Any]]:
 NAMES = ("first block", "mag", "taylor", "pyramid", "faster")
 
 
+class Clock:
+    """1000 at the first step, as in a pipeline."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __call__(self) -> float:
+        return 1000 * (1 - self.step / STEPS)
+
+
 @torch.inference_mode()
-def steps(model: Any, inputs: Inputs) -> list[torch.Tensor]:
+def steps(model: Any, inputs: Inputs, clock: Clock) -> list[torch.Tensor]:
     """Outputs of some steps of denoising."""
     generator = torch.Generator().manual_seed(3)
     outputs = []
     hidden = inputs["hidden_states"].float()
-    for step in range(STEPS):
+    for clock.step in range(STEPS):
         hidden = hidden + 0.05 * torch.randn(hidden.shape, generator=generator)
-        given = {**inputs, "hidden_states": hidden, "timestep": torch.tensor([1 - step / STEPS])}
+        given = {**inputs, "hidden_states": hidden, "timestep": torch.tensor([clock() / 1000])}
         with model.cache_context("cond"):
             outputs.append(model(**given)[0])
     return outputs
@@ -72,22 +79,23 @@ def test_a_cache_does_to_a_quantized_model_what_it_does_to_a_plain_one(
     inputs = {**qwen_inputs, "encoder_hidden_states": qwen_inputs["encoder_hidden_states"].float()}
     model = omni_convert.load(qwen_kind, dtype=torch.float32)
     plain = dequantized(model)
-    uncached = steps(model, inputs)
+    clock = Clock()
+    uncached = steps(model, inputs, clock)
     for each in (model, plain):
-        each.enable_cache(caches()[name]())
-    found, expected = steps(model, inputs), steps(plain, inputs)
+        each.enable_cache(caches(clock)[name]())
+    found, expected = steps(model, inputs, clock), steps(plain, inputs, clock)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).norm() / b.norm() < (0.05 if kind == "int8" else 1e-4)
     skipped = sum(not torch.equal(a, b) for a, b in zip(found, uncached, strict=True))
     assert 0 < skipped < STEPS
     model.disable_cache()
-    assert all(torch.equal(a, b) for a, b in zip(steps(model, inputs), uncached, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(steps(model, inputs, clock), uncached, strict=True))
 
 
 def test_every_cache_of_diffusers_is_known() -> None:
     from diffusers import hooks
 
     configs = {name for name in dir(hooks) if name.endswith("CacheConfig") or name.endswith("BroadcastConfig")}
-    tested = {type(make()).__name__ for make in caches().values()}
-    assert caches().keys() == set(NAMES)
+    tested = {type(make()).__name__ for make in caches(Clock()).values()}
+    assert caches(Clock()).keys() == set(NAMES)
     assert configs == tested | {"TextKVCacheConfig", "SeaCacheConfig"}

@@ -97,13 +97,12 @@ def test_layerwise_casting_leaves_codes_and_scales_alone(
             assert tensor.dtype == layer.stored_tensors()[suffix][0]
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_without_breaks(model: Any, qwen_inputs: dict[str, Any], backend: str) -> None:
+def test_compiles_without_breaks(model: Any, qwen_inputs: dict[str, Any]) -> None:
+    """Inductor compiles single layers of every format in ``test_linear``; a model takes it a minute."""
     torch._dynamo.reset()
     expected = run(model, qwen_inputs)
-    blocks = model.transformer_blocks[: 1 if backend == "inductor" else 2]
-    for block in blocks:
-        block.compile(fullgraph=True, backend=backend)
+    for block in model.transformer_blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         found = run(model, qwen_inputs)
     assert torch.allclose(found, expected, rtol=0.05, atol=0.05)

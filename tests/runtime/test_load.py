@@ -186,6 +186,38 @@ def test_what_is_not_a_quantized_checkpoint_is_refused(qwen_plain: Path, qwen_im
             omni_convert.load(path)
 
 
+@pytest.mark.parametrize("name", ["qwen", "bert"])
+def test_codes_without_a_config_are_refused(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The library itself takes them for weights, and only warns."""
+    folder = Path(shutil.copytree(request.getfixturevalue(name), tmp_path / name))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OmniConvertError, match=r"no quantization_config, expected one because tensor .* is I8"):
+        omni_convert.load(folder)
+
+
+def test_a_component_without_a_config_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(pipeline, tmp_path / "out"))
+    path = folder / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "quantization_config"}))
+    with pytest.raises(OmniConvertError, match=r"text_encoder.*: found no quantization_config"):
+        omni_convert.load(folder)
+
+
+def test_a_plain_model_refuses_a_quantized_state(qwen: Path, qwen_plain: Path) -> None:
+    """PyTorch does, because of the scales; without ``strict`` nobody would. The reverse is ours."""
+    from diffusers import QwenImageTransformer2DModel
+
+    plain = QwenImageTransformer2DModel.from_pretrained(qwen_plain, torch_dtype=BF16)
+    quantized = omni_convert.load(qwen)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight_scale"):
+        plain.load_state_dict(quantized.state_dict())
+    with pytest.raises(RuntimeError, match="quantize the checkpoint first"):
+        quantized.load_state_dict(stored(qwen_plain), strict=False)
+
+
 def test_unfinished_conversion_is_refused(qwen: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(qwen, tmp_path / "transformer"))
     (tmp_path / ".omni_convert.partial").touch()
