@@ -43,6 +43,7 @@ def _code_dtype(fmt: Format) -> torch.dtype:
     return _DTYPES[fmt.tensors((1, 1))["weight"].dtype]
 
 
+@functools.cache
 def format_text(fmt: Format) -> str:
     """``fmt`` as operators take it, which have no arguments of any class."""
     return json.dumps(fmt.config(()))
