@@ -10,7 +10,8 @@ load_file           ``safetensors.torch.load_file`` of every file
 omni_convert.load   the model, on the CPU
 
 Both touch every page of every tensor before the clock stops: files are mapped and would otherwise be read later. Memory
-is anonymous memory beyond that of a process that has only imported; mapped files are not part of it.
+is anonymous memory beyond that of a process that has only imported; mapped files are not part of it. Ratios are medians
+of those within a round, with their range; on a machine that does other work, those of processor time say more.
 """
 
 from __future__ import annotations
@@ -86,18 +87,18 @@ def touch(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def measure(library: str, what: str, folder: Path, result: Path) -> None:
-    """In a process of its own; ``result`` receives the seconds."""
+    """In a process of its own; ``result`` receives the seconds, and those of processor time."""
     module = {"diffusers": "diffusers.models.transformers.transformer_qwenimage",
               "transformers": "transformers.models.qwen2.modeling_qwen2"}[library]  # fmt: skip
     importlib.import_module(module)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if what == "load_file":
         files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
         touch(tensor for tensors in files for tensor in tensors.values())
     elif what == "omni_convert.load":
         model = omni_convert.load(folder)
         touch([*model.parameters(), *model.buffers()])
-    result.write_text(str(time.perf_counter() - start))
+    result.write_text(f"{time.perf_counter() - start} {time.process_time() - cpu}")
 
 
 def compare(library: str, arguments: argparse.Namespace, work: Path) -> list[tuple[str, ...]]:
@@ -105,21 +106,24 @@ def compare(library: str, arguments: argparse.Namespace, work: Path) -> list[tup
     write_model(build(library, arguments.gigabytes, arguments.hidden), library, work / "plain")
     omni_convert.convert(work / "plain", work / "out", method=arguments.method, target="omni-convert")
     size = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors")) / 1e9
-    seconds: dict[str, list[float]] = {"imports": [], "load_file": [], "omni_convert.load": []}
+    seconds: dict[str, list[list[float]]] = {"imports": [], "load_file": [], "omni_convert.load": []}
     usages: dict[str, list[Usage]] = {what: [] for what in seconds}
     for _ in range(arguments.rounds):
         for what, found in seconds.items():
             command = [sys.executable, __file__, "--measure", library, what, str(work / "out"), str(work / "seconds")]
             usages[what].append(run(command))
-            found.append(float((work / "seconds").read_text()))
+            found.append([float(text) for text in (work / "seconds").read_text().split()])
     imported = statistics.median(usage.anonymous for usage in usages.pop("imports"))
-    ratios = [ours / theirs for ours, theirs in zip(seconds["omni_convert.load"], seconds["load_file"], strict=True)]
-    return [
-        (f"{library}, {arguments.method}, {size:.2f} GB: {what}", f"{statistics.median(seconds[what]):.2f}",
-         f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if "omni" in what else "1",
-         f"{statistics.median(usage.anonymous for usage in found) - imported:.0f}")
-        for what, found in usages.items()
-    ]  # fmt: skip
+    rows = []
+    for what, found in usages.items():
+        cells = []
+        for ours, theirs in zip(zip(*seconds[what], strict=True), zip(*seconds["load_file"], strict=True), strict=True):
+            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+            cells += [f"{statistics.median(ours):.2f}", spread]
+        memory = statistics.median(usage.anonymous for usage in found) - imported
+        rows.append((f"{library}, {arguments.method}, {size:.2f} GB: {what}", *cells, f"{memory:.0f}"))
+    return rows
 
 
 def main() -> None:
@@ -141,7 +145,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
             rows += compare(library, arguments, Path(work))
     print(f"{machine()}, medians of {arguments.rounds} rounds\n")
-    print(markdown(("", "s", "of load_file (range)", "anon MiB beyond imports"), rows))
+    print(markdown(("", "s", "of load_file", "CPU s", "of load_file", "anon MiB"), rows))
 
 
 if __name__ == "__main__":
