@@ -255,7 +255,7 @@ def test_layers_multiply_quantized_activations(scaled: tuple[str, bool], dtype: 
             found = layer(x)
             assert (found.dtype, found.shape) == (dtype, (rows, 384))
             given = quantized_activations(layer.format, x) if quantizes else x.double()
-            expected = given @ layer.format.dequantize(layer.state_dict()).double().t()
+            expected = given @ layer.format.dequantize(layer.tensors()).double().t()
             expected = expected if layer.bias is None else expected + layer.bias.double()
             size = expected.abs().amax(dim=1, keepdim=True)
             step = {torch.float32: 1e-5, torch.float16: 2e-3, BF16: 1e-2}[dtype]
