@@ -226,11 +226,8 @@ _VLLM_OMNI = Target(
 _OMNI_CONVERT = Target(
     name="omni-convert",
     title="omni_convert.load",
-    formats={
-        "int8": (_CPU, _CUDA),
-        # Decoded by PyTorch alone, so on any of its devices; only the CPU was tried.
-        **dict.fromkeys((kind for kind in _VLLM_OMNI.formats if kind != "int8"), (_CPU,)),
-    },
+    # Run on the CPU; for the others checked without hardware.
+    formats=dict.fromkeys(_VLLM_OMNI.formats, (_CPU, _CUDA, _NPU)),
     architectures=None,
     kept=(_BERT_VALUES,),
     mixes=True,

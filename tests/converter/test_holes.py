@@ -22,6 +22,7 @@ from hostile.small import (
     write_pipeline,
     write_sharded,
 )
+from signals import default_signals
 
 from omni_convert.converter.convert import convert, plan
 from omni_convert.converter.folder import OutputFolder
@@ -114,7 +115,7 @@ def test_signals_that_come_together(tmp_path: Path, numbers: tuple[signal.Signal
     model, out = tmp_path / "model", tmp_path / "out"
     write_model(model, {}, {f"blocks.{n}.fc.weight": random(2048, 2048) for n in range(24)})
     command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", "--threads", "2", model, out]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
     while not list(out.glob("*.safetensors*")) and process.poll() is None:
         time.sleep(0.001)
     for number in numbers:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from hostile.small import qwen_shards, random, snapshot, write_model, write_pipeline, write_weights
+from signals import default_signals
 
 from omni_convert.converter import execute as engine
 from omni_convert.converter.convert import convert, plan
@@ -257,7 +258,7 @@ def test_signal_ends_a_run_tidily(number: signal.Signals, tmp_path: Path) -> Non
     write_model(model, {}, {f"blocks.{n}.fc.weight": random(2048, 2048) for n in range(24)})
     (model / "first.bin").write_bytes(b"x")
     command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", "--threads", "1", model, out]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
     while not list(out.glob("*.safetensors*")) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(number)
