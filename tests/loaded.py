@@ -89,3 +89,10 @@ def assert_layers_run(model: nn.Module, formats: set[Format]) -> None:
             assert (found - expected).norm() / expected.norm() < 0.02, name
         else:
             assert torch.equal(found, expected), name
+
+
+@torch.inference_mode()
+def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The first output."""
+    output: torch.Tensor = model(**inputs)[0]
+    return output

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loaded import assert_holds, dequantized, layers_of
+from loaded import assert_holds, dequantized, layers_of, run
 from torch import nn
 
 import omni_convert
@@ -26,12 +26,6 @@ def model(qwen_kind: Path) -> Any:
 @pytest.fixture
 def bert(bert_kind: Path) -> Any:
     return omni_convert.load(bert_kind)
-
-
-@torch.inference_mode()
-def run(model: Any, inputs: Inputs) -> torch.Tensor:
-    output: torch.Tensor = model(**inputs)[0]
-    return output
 
 
 def lora(**options: Any) -> Any:

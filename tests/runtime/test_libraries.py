@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from kinds import KINDS
-from loaded import assert_holds, assert_saves_same, dequantized, layers_of
+from loaded import assert_holds, assert_saves_same, dequantized, layers_of, run
 from torch import nn
 
 import omni_convert
@@ -28,12 +28,6 @@ def model(qwen_kind: Path) -> Any:
 @pytest.fixture
 def bert(bert_kind: Path) -> Any:
     return omni_convert.load(bert_kind)
-
-
-@torch.inference_mode()
-def run(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    output: torch.Tensor = model(**inputs)[0]
-    return output
 
 
 def float32(inputs: dict[str, Any]) -> dict[str, Any]:

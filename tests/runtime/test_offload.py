@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from kinds import KINDS
-from loaded import assert_holds, assert_saves_same, layers_of
+from loaded import assert_holds, assert_saves_same, layers_of, run
 
 import omni_convert
 
@@ -24,12 +24,6 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def model(qwen_kind: Path) -> Any:
     return omni_convert.load(qwen_kind)
-
-
-@torch.inference_mode()
-def run(model: Any, inputs: Inputs) -> torch.Tensor:
-    output: torch.Tensor = model(**inputs)[0]
-    return output
 
 
 def are_on(model: Any, device: str) -> bool:
