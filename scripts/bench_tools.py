@@ -26,7 +26,7 @@ QWEN_BLOCK = {  # rows and columns in units of the hidden size
     **{f"{mlp}.net.0.proj": (4, 1) for mlp in ("img_mlp", "txt_mlp")},
     **{f"{mlp}.net.2": (1, 4) for mlp in ("img_mlp", "txt_mlp")},
 }
-CONVERT = [sys.executable, "-m", "omni_convert.converter.cli"]
+CONVERT = [sys.executable, "-m", "omni_convert"]
 IMPORTS = (
     "import omni_convert.converter.execute, omni_convert.formats.kernels, omni_convert.formats.fp8_kernels, "
     "omni_convert.formats.mx_kernels, omni_convert.formats.dual_kernels, omni_convert.formats.search_kernels"

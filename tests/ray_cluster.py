@@ -96,7 +96,7 @@ def freeze_one(find: Callable[[], list[int]], driver: subprocess.Popen[str]) -> 
 def driver(nodes: Nodes, *arguments: object, part: int) -> Iterator[subprocess.Popen[str]]:
     """``omni-convert --engine ray`` in a process, with parts of at least ``part`` bytes."""
     code = (
-        f"from omni_convert.converter import cli, parts; parts.SMALLEST_PART = {part}; "
+        f"from omni_convert import cli; from omni_convert.converter import parts; parts.SMALLEST_PART = {part}; "
         "cli.main(prog_name='omni-convert')"
     )
     command: list[Any] = [sys.executable, "-c", code, "--engine", "ray", *map(str, arguments)]

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from hostile.small import QWEN_CONFIG, qwen_shards, random, snapshot, write_model, write_sharded
 
 from omni_convert import OmniConvertError, UsageError, convert, plan
+from omni_convert.cli import main
 from omni_convert.converter import device, execute
-from omni_convert.converter.cli import main
 from omni_convert.converter.convert import Means, device_need, refusal
 from omni_convert.converter.jobs import Worker, run_jobs
 from omni_convert.formats import make_format

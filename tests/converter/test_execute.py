@@ -100,7 +100,7 @@ def test_memory_is_what_the_plan_says(tmp_path: Path) -> None:
 def _peak(args: list[object]) -> tuple[str, int]:
     """Standard output of a conversion and its peak memory in bytes."""
     code = (
-        "import resource, sys; from omni_convert.converter import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+        "import resource, sys; from omni_convert import cli; cli.main(sys.argv[1:], standalone_mode=False); "
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)"
     )
     command = [sys.executable, "-c", code, "--method", "int8", *map(str, args)]

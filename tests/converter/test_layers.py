@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hostile.small import QWEN_CONFIG, qwen_shards, read_json, write_pipeline, write_sharded
 
 from omni_convert import UsageError, build_quant_config, convert, plan, verify
-from omni_convert.converter.cli import main
+from omni_convert.cli import main
 from omni_convert.converter.plan import Plan
 
 MLP = "transformer_blocks.0.img_mlp.net"

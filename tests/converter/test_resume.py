@@ -257,7 +257,7 @@ def test_signal_ends_a_run_tidily(number: signal.Signals, tmp_path: Path) -> Non
     model, out = tmp_path / "model", tmp_path / "out"
     write_model(model, {}, {f"blocks.{n}.fc.weight": random(2048, 2048) for n in range(24)})
     (model / "first.bin").write_bytes(b"x")
-    command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", "--threads", "1", model, out]
+    command = [sys.executable, "-m", "omni_convert", "--method", "int8", "--threads", "1", model, out]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
     while not list(out.glob("*.safetensors*")) and process.poll() is None:
         time.sleep(0.001)
@@ -279,7 +279,7 @@ def test_interrupt_says_what_is_kept(source: Path, tmp_path: Path) -> None:
 
 def test_second_run_says_who_holds_the_folder(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, results = tmp_path / "out", []
-    command = [sys.executable, "-m", "omni_convert.converter.cli", "--method", "int8", str(source), str(out)]
+    command = [sys.executable, "-m", "omni_convert", "--method", "int8", str(source), str(out)]
     write = OutputFolder.write
 
     def run_another_first(self: OutputFolder, name: str, data: bytes) -> None:

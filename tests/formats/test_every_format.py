@@ -162,7 +162,7 @@ def test_valid_codes_are_those_that_quantization_makes(fmt: Format) -> None:
 
 def test_several_threads_say_it_once(tmp_path: Path) -> None:
     source = write_model(tmp_path / "model", {}, {f"{name}.weight": random(64, 64) for name in range(40)})
-    command = "import sys; sys.modules['numba'] = None; from omni_convert.converter.cli import main; main(sys.argv[1:])"
+    command = "import sys; sys.modules['numba'] = None; from omni_convert.cli import main; main(sys.argv[1:])"
     arguments = ["--method", "int8", "--target", "omni-convert", "--threads", "4", str(source), str(tmp_path / "out")]
     result = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=True)
     assert result.stderr.count("numba does not work here (ModuleNotFoundError") == result.stderr.count("\n") == 1

@@ -264,7 +264,7 @@ def test_shard_that_is_a_pipe(sharded: Path) -> None:
     """Opening it would wait for a writer for ever, so another process does."""
     (sharded / SHARD).unlink()
     os.mkfifo(sharded / SHARD)
-    command = [sys.executable, "-m", "omni_convert.converter.cli", "inspect", str(sharded)]
+    command = [sys.executable, "-m", "omni_convert", "inspect", str(sharded)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=4)
     assert result.returncode == 1
     assert str(sharded / SHARD) in result.stderr

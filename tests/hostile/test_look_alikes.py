@@ -38,7 +38,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import read_index
 
 LAYER = "blocks.0.ff.weight"
-CLI = [sys.executable, "-m", "omni_convert.converter.cli"]
+CLI = [sys.executable, "-m", "omni_convert"]
 
 
 @pytest.mark.parametrize("name", TENSOR_NAMES.values(), ids=TENSOR_NAMES)

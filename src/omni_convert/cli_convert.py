@@ -1,133 +1,28 @@
-"""The command line: a thin layer over the functions of the same names. Results on stdout, all else on stderr."""
+"""``omni-convert convert``, which is also what the bare form means."""
 
 from __future__ import annotations
 
-import difflib
 import gc
-import json
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
-from omni_convert import __version__
+from omni_convert.cli_output import json_option, print_result
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
-from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.int8 import FUSED_SCALES
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
-
-_EPILOG = """\b
-Examples:
-  omni-convert --method int8 model/ out/
-  omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
-  omni-convert --method fp8 --granularity channel --quality balanced model/ out/
-  omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
-  omni-convert --recipe recipe.yaml model/ out/
-  omni-convert models
-  omni-convert inspect out/
-  omni-convert verify out/ --source model/
-"""
-
-
-class _Failure(click.ClickException):
-    """One paragraph on stderr and exit status 1."""
-
-
-class _WrongUsage(click.ClickException):
-    """One paragraph on stderr and exit status 2."""
-
-    exit_code = 2
-
-
-class _DefaultGroup(click.Group):
-    """A group whose bare form is a command: ``omni-convert --method int8 model/ out/``.
-
-    Only a first argument that is exactly a subcommand's name selects it; a folder of that name is ``./verify``.
-    """
-
-    default = "convert"
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = {option for param in self.get_params(ctx) for option in param.opts}
-        if args and args[0] not in self.commands and args[0] not in own:
-            close = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
-            if close and not Path(args[0]).exists():
-                ctx.fail(f"There is no command or folder {args[0]!r}. Did you mean {close[0]!r}?")
-            args = [self.default, *args]
-        return super().parse_args(ctx, args)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Errors that the user can act on become one paragraph and an exit status; a signal, a tidy end."""
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
-                signal.signal(number, _interrupt)
-        try:
-            return super().invoke(ctx)
-        except PermissionError as error:
-            raise _Failure(f"{error.filename}: cannot be read ({error.strerror}). Check its rights.") from error
-        except UsageError as error:
-            raise _WrongUsage(str(error)) from error
-        except OmniConvertError as error:
-            raise _Failure(str(error)) from error
-        except KeyboardInterrupt as interrupt:
-            raise _Failure(f"Interrupted.{str(interrupt) or ' Nothing of this run is kept.'}") from None
-
-    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        bare = self.commands[self.default]
-        return super().shell_complete(ctx, incomplete) + bare.shell_complete(click.Context(bare), incomplete)
-
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write_usage("omni-convert", "[OPTIONS] MODEL OUT")
-        formatter.write_usage("omni-convert", "COMMAND [ARGS]...", prefix="       ")
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        convert_command = self.commands[self.default]
-        convert_command.format_options(click.Context(convert_command, parent=ctx), formatter)
-        rows = [(name, cmd.get_short_help_str(90)) for name, cmd in self.commands.items() if name != self.default]
-        with formatter.section("Commands"):
-            formatter.write_dl(rows)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def _interrupt(*_: object) -> None:
-    """The first signal ends the run; those that follow must not disturb it while it tidies up."""
-    for number in _SIGNALS:
-        signal.signal(number, _overhear)
-    raise KeyboardInterrupt
-
-
-def _overhear(*_: object) -> None:
-    """What SIG_IGN does, also for a signal that came at the same moment."""
-
-
-@click.group(cls=_DefaultGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="omni-convert")
-def main() -> None:
-    """Convert a BF16 checkpoint once into a quantized checkpoint that inference engines load unchanged.
-
-    MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, or a .safetensors file.
-    OUT is a new folder with the same layout. Exit status: 0 done, 1 failed, 2 wrong usage.
-    """
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
     return None if value is None else parse_size(value)
 
 
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-
-
-@main.command(short_help="Convert a checkpoint (the same without the word convert).")
+@click.command(short_help="Convert a checkpoint (the same without the word convert).")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -235,7 +130,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print the r
 @click.option(
     "--device", default="cpu", metavar="DEVICE", help="Quantize on cuda, cuda:N, npu or npu:N; the bytes are the same."
 )
-@_json_option
+@json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str | None,
@@ -271,44 +166,10 @@ def convert(
         if obstacle := refusal(planned, out, means):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
         needed = (*needs(planned, means), device_need(planned, means))
-        _print(show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
+        print_result(show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
         return
     report = run(planned, out, means, progress=True, started=started)
-    _print(report.to_dict() if as_json else show.report_text(report))
-
-
-@main.command(short_help="Show which models each target can load, with which methods.")
-@_json_option
-def models(as_json: bool) -> None:
-    """Show which models each target is known to load, with which methods, and what it keeps by default."""
-    from omni_convert.converter.models import models_dict, models_text
-
-    _print(models_dict() if as_json else models_text())
-
-
-@main.command(short_help="Show what is in a checkpoint, quantized or not (headers only).")
-@click.argument("path", type=click.Path(path_type=Path))
-@_json_option
-def inspect(path: Path, as_json: bool) -> None:
-    """Show what is in the checkpoint at PATH: classes, dtypes, sizes, quantized and kept layers."""
-    from omni_convert.converter.inspect import inspect as inspect_checkpoint
-
-    summary = inspect_checkpoint(path)
-    _print(summary.to_dict() if as_json else summary.to_text())
-
-
-@main.command(short_help="Check a converted checkpoint against its manifest, its format and its source.")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--source", type=click.Path(path_type=Path), help="Measure every layer's error against this model.")
-@_json_option
-def verify(out: Path, source: Path | None, as_json: bool) -> None:
-    """Check OUT: file hashes against the manifest, tensors against the format, and errors against the source."""
-    from omni_convert.converter.verify import verify as verify_output
-
-    result = verify_output(out, source=source, progress=True)
-    _print(result.to_dict() if as_json else result.to_text())
-    if not result.ok:
-        sys.exit(1)
+    print_result(report.to_dict() if as_json else show.report_text(report))
 
 
 @contextmanager
@@ -320,11 +181,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _print(result: str | dict[str, Any]) -> None:
-    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False))
-
-
-if __name__ == "__main__":
-    main()

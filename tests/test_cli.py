@@ -14,8 +14,7 @@ from typing import NamedTuple
 import pytest
 from hostile.small import random, snapshot, write_model, write_pipeline
 
-from omni_convert import __version__
-from omni_convert.converter import cli
+from omni_convert import __version__, cli
 
 
 class Result(NamedTuple):
@@ -263,7 +262,7 @@ def test_help_and_version(omni_convert: Command) -> None:
 
 def test_conversion_imports_neither_torch_nor_model_libraries(source: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from omni_convert.converter import cli; cli.main(sys.argv[1:], standalone_mode=False); "
+        "import sys; from omni_convert import cli; cli.main(sys.argv[1:], standalone_mode=False); "
         "print(sorted({'torch', 'diffusers', 'transformers'} & sys.modules.keys()), file=sys.stderr)"
     )
     for args in (

@@ -1,0 +1,1 @@
+"""To the Hugging Face Hub: model cards, publishing, conversion from one repository into another."""
