@@ -1,8 +1,10 @@
 """Models that many tests read. Each is made once; nobody writes into its folder."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +55,18 @@ def outputs(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
             return self[key]
 
     return Outputs()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """An empty Hub of the test's own, which sends large files by plain HTTP."""
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def xet_hub(tmp_path: Path) -> Iterator[HubServer]:
+    """An empty Hub of the test's own with Xet storage."""
+    pytest.importorskip("hf_xet", reason="huggingface_hub needs hf_xet for Xet storage")
+    with HubServer(tmp_path / "hub", xet=True) as server:
+        yield server
