@@ -12,10 +12,12 @@ from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
+from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import hash_header
-from omni_convert.formats.layout import CONFIG_NAME
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, read_json
 
 
 def manifest_bytes(
@@ -97,8 +99,56 @@ def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, st
             if decision.format not in unnamed:
                 entry["format"] = format_label(decision.format)
             error = errors[part.component.name, tensor.layer]
+            entry["dtype"] = tensor.source.spec.dtype
             entry["sqnr_db"] = round(error.sqnr_db, 2) if math.isfinite(error.sqnr_db) else None
             if error.shared_scale_db is not None:
                 entry["shared_scale_db"] = round(error.shared_scale_db, 2)
         tensors[tensor.name] = entry
     return {"class": part.component.class_name, "architecture": part.architecture, "tensors": tensors}
+
+
+def read_manifest(root: Path) -> dict[str, Any] | None:
+    """The manifest of a finished conversion; None if the folder has none.
+
+    Raises:
+        OmniConvertError: the conversion is unfinished, or the manifest is damaged.
+    """
+    if (root / MARKER_NAME).exists():
+        raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
+    if not (root / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_json(root / MANIFEST_NAME)
+    if not _is_manifest(manifest):
+        raise OmniConvertError(f"{root / MANIFEST_NAME}: is not a manifest of omni-convert, or damaged. Convert again.")
+    return manifest
+
+
+def _is_manifest(data: Mapping[str, Any]) -> bool:
+    """Whether everything that is read from it has the right kind."""
+
+    def entries(value: object, *required: str) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(entry, dict) and all(key in entry for key in required) for entry in value.values()
+        )
+
+    source, components = data.get("source"), data.get("components")
+    return (
+        Recipe.parse(data.get("recipe")) is not None
+        and entries(data.get("files"), "size", "sha256")
+        and isinstance(source, dict)
+        and entries(source.get("files"), "size")
+        and isinstance(components, dict)
+        and entries(components, "tensors")
+        and all(entries(component["tensors"], "action", "why") for component in components.values())
+    )
+
+
+def layer_formats(recipe: Recipe, component: str, decisions: Mapping[str, Any]) -> dict[str, Format]:
+    """The format of every quantized layer of a component, by the decisions of the manifest."""
+    default, *others = recipe.formats_of(component)
+    labels = {format_label(written): fmt for fmt in others for written in (fmt, fmt.fused())}
+    return {
+        name.removesuffix(".weight"): labels.get(entry.get("format"), default)
+        for name, entry in decisions.items()
+        if entry["action"] != "keep"
+    }

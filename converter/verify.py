@@ -20,14 +20,14 @@ from omni_convert.converter.contract import check_contract, is_quantized
 from omni_convert.converter.files import processors
 from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.inspect import quantized_layers
+from omni_convert.converter.manifest import layer_formats, read_manifest
 from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.values import value_problems
-from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import FLOAT_DTYPES, hash_header
-from omni_convert.formats.layout import MANIFEST_NAME, MARKER_NAME, read_index, read_json
+from omni_convert.formats.layout import MANIFEST_NAME, read_index
 from omni_convert.formats.text import format_db, format_table, layer_patterns, mean_db
 
 
@@ -87,13 +87,13 @@ def verify(
     """
     root = Path(os.path.abspath(out))
     result = Verification(path=str(root))
-    if _lacks_manifest(root):
+    manifest = read_manifest(root)
+    if manifest is None:
         result.checks += _without_manifest(root, source)
         return result
-    manifest = _read_manifest(root)
     result.checks.append(_check_files(root, manifest["files"], progress))
     recipe = Recipe.from_dict(manifest["recipe"])
-    formats = {name: _formats(recipe, name, entry["tensors"]) for name, entry in manifest["components"].items()}
+    formats = {name: layer_formats(recipe, name, entry["tensors"]) for name, entry in manifest["components"].items()}
     components: dict[str, Component] = {}
     for name, entry in manifest["components"].items():
         try:
@@ -113,12 +113,6 @@ def verify(
     return result
 
 
-def _lacks_manifest(root: Path) -> bool:
-    if (root / MARKER_NAME).exists():
-        raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
-    return not (root / MANIFEST_NAME).is_file()
-
-
 def _without_manifest(root: Path, source: str | os.PathLike[str] | None) -> list[Check]:
     """The engine's rules alone, which take nothing but the folder."""
     if not is_quantized(root):
@@ -133,33 +127,6 @@ def _without_manifest(root: Path, source: str | os.PathLike[str] | None) -> list
         )
     said = "not there, so only the engine's rules were checked"
     return [Check("manifest", said, (), known=False), *check_contract(root)]
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    manifest = read_json(root / MANIFEST_NAME)
-    if not _is_manifest(manifest):
-        raise OmniConvertError(f"{root / MANIFEST_NAME}: is not a manifest of omni-convert, or damaged. Convert again.")
-    return manifest
-
-
-def _is_manifest(data: Mapping[str, Any]) -> bool:
-    """Whether everything that ``verify`` reads has the right kind."""
-
-    def entries(value: object, *required: str) -> bool:
-        return isinstance(value, dict) and all(
-            isinstance(entry, dict) and all(key in entry for key in required) for entry in value.values()
-        )
-
-    source, components = data.get("source"), data.get("components")
-    return (
-        Recipe.parse(data.get("recipe")) is not None
-        and entries(data.get("files"), "size", "sha256")
-        and isinstance(source, dict)
-        and entries(source.get("files"), "size")
-        and isinstance(components, dict)
-        and entries(components, "tensors")
-        and all(entries(component["tensors"], "action", "why") for component in components.values())
-    )
 
 
 def _check_files(root: Path, files: Mapping[str, Mapping[str, Any]], progress: bool) -> Check:
@@ -179,17 +146,6 @@ def _stray_weights(root: Path, files: Mapping[str, Any]) -> list[str]:
     folders = {(root / name).parent for name in files if name.endswith(".safetensors")}
     found = sorted(path.relative_to(root).as_posix() for folder in folders for path in folder.glob("*.safetensors"))
     return [name for name in found if name not in files]
-
-
-def _formats(recipe: Recipe, component: str, decisions: Mapping[str, Any]) -> dict[str, Format]:
-    """The format of every quantized layer of a component, by the manifest."""
-    default, *others = recipe.formats_of(component)
-    labels = {format_label(written): fmt for fmt in others for written in (fmt, fmt.fused())}
-    return {
-        name.removesuffix(".weight"): labels.get(entry.get("format"), default)
-        for name, entry in decisions.items()
-        if entry["action"] != "keep"
-    }
 
 
 def _check_component(

@@ -84,7 +84,17 @@ def test_files_are_short() -> None:
     ],
 )
 def test_heavy_libraries_are_imported_when_used(code: str) -> None:
-    heavy = {"torch", "numba", "diffusers", "transformers", "accelerate", "tqdm", "ray", "huggingface_hub"}
+    heavy = {
+        "torch",
+        "numba",
+        "diffusers",
+        "transformers",
+        "accelerate",
+        "tqdm",
+        "ray",
+        "huggingface_hub",
+        "matplotlib",
+    }
     code = f"import sys; {code}; print(sorted({heavy} & sys.modules.keys()), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "[]\n")
