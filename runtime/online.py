@@ -74,6 +74,15 @@ class Online:
         together = tuple(self.layers[layer].amax_with)
         return self._amax(together) if len(together) > 1 else None
 
+    def check(self, layer: str) -> None:
+        """See what is shared with other layers, and whether the weight is finite, while all weights are plain.
+
+        Raises:
+            OmniConvertError: NaN or Inf.
+        """
+        if self.amax(layer) is None:
+            _amax_of(layer, self.weight(layer))
+
     @functools.cached_property
     def _amax(self) -> Callable[[tuple[str, ...]], float]:
         """The largest magnitude of several layers; kept, for each of them will ask."""
@@ -157,7 +166,7 @@ def _amax_of(layer: str, weight: Tensor) -> float:
     try:
         if weight.device.type == "cpu":
             return _finite(_bits(weight), _STORED[weight.dtype])
-        amax = float(weight.detach().abs().amax())
+        amax = max(abs(float(value)) for value in weight.detach().aminmax())
         if not math.isfinite(amax):
             raise OmniConvertError(_NOT_FINITE.format(place="somewhere"))
         return amax

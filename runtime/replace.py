@@ -68,10 +68,14 @@ def replace_linears(
 
 
 def quantize_linears(model: nn.Module, online: Online) -> None:
-    """Replace linears of a model in memory by quantized ones, one by one; ``online``: by module names."""
+    """Replace linears of a model in memory by quantized ones, one by one; ``online``: by module names.
+
+    Raises:
+        OmniConvertError: a device without kernels, or NaN or Inf in a weight. The model is then as it was.
+    """
     for layer, plan in online.layers.items():
         check_format(plan.format, device_of(online.weight(layer).device))
-        online.amax(layer)  # what shares a scale must all be seen before the first of it goes
+        online.check(layer)
     for layer in online.layers:
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)

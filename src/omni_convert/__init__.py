@@ -112,8 +112,8 @@ def quantize_(model: nn.Module, quantization: Spec = None, **choices: Unpack[Cho
         choices: in place of ``quantization`` or beside it, as ``convert`` takes them.
 
     Raises:
-        OmniConvertError: nothing to quantize, a layer that is quantized already, NaN or Inf in a weight. What is wrong
-            with the choices is found before any layer is replaced.
+        OmniConvertError: nothing to quantize, a layer that is quantized already, NaN or Inf in a weight. Found before
+            any layer is replaced.
     """
     from omni_convert.online import quantize_ as quantize_model
 

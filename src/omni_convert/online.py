@@ -150,6 +150,11 @@ def _as_checkpoint(model: nn.Module) -> Checkpoint:
                 f"{name}: {layer} is quantized already, expected a model of plain weights. Load the original anew."
             )
         if type(module) is nn.Linear:  # subclasses, and torch's own attention, read `weight` themselves
+            if module.weight.is_meta:
+                raise OmniConvertError(
+                    f"{name}: the weight of {layer} is on device meta, expected it in memory. Load the weights first, "
+                    "without offloading them."
+                )
             own = module.named_parameters(recurse=False)
             tensors.update({f"{layer}.{key}": TensorSpec(*_spec(tensor)) for key, tensor in own})
     if not tensors:

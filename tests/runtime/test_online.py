@@ -131,12 +131,20 @@ def test_rows_in_threads_are_rows_at_once(kind: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8 tensor", "fp8 block", "mxfp8"])
-def test_damaged_weight_is_named(kind: str) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_damaged_weight_is_named_and_nothing_replaced(kind: str, value: str) -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64))
     with torch.no_grad():
-        model[1].weight[5, 7] = float("nan")
+        model[1].weight[5, 7] = float(value)
+    before = [(type(layer), layer.weight) for layer in model]
     with pytest.raises(OmniConvertError, match=r"^1: the weight holds NaN or Inf at row 5, column 7"):
         omni_convert.quantize_(model, target="omni-convert", **CHOICES[kind])
+    assert [(type(layer), layer.weight) for layer in model] == before
+
+
+def test_weights_that_are_not_there_are_refused() -> None:
+    with pytest.raises(OmniConvertError, match="the weight of 1 is on device meta, expected it in memory"):
+        omni_convert.quantize_(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 64, device="meta")), "int8")
 
 
 def test_only_plain_linears_are_quantized() -> None:
