@@ -95,6 +95,26 @@ def stored_config(config: Mapping[str, Any] | None, key: str = "quantization_con
     return config.get(key) if config else None
 
 
+def asks_online(data: object) -> bool:
+    """Whether a ``quantization_config`` has engines quantize plain weights while they load: one of our methods, without
+    the flag that says they are quantized already."""
+    if not isinstance(data, Mapping):
+        return False
+    fmt = FORMATS.get(str(data.get("quant_method", data.get("method"))))
+    return fmt is not None and fmt.serialized_flag is not None and data.get(fmt.serialized_flag, False) is False
+
+
+def without_asking(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A model's config without what ``asks_online``."""
+    if config is None:
+        return None
+    return {
+        name: without_asking(value) if name.endswith("_config") and isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name != "quantization_config" or not asks_online(value)
+    }
+
+
 def parse_config(data: object, where: str = "quantization_config") -> QuantizationConfig:
     """Read a ``quantization_config`` that announces one of our formats, already quantized on disk.
 
@@ -115,7 +135,8 @@ def parse_config(data: object, where: str = "quantization_config") -> Quantizati
     if flag and data.get(flag, False) is not True:
         raise OmniConvertError(
             f"{where}: {flag} is {data.get(flag)!r}, expected true: "
-            "engines would take the weights for unquantized ones. Convert the checkpoint again."
+            "engines would take the weights for unquantized ones. Convert the checkpoint again. "
+            "If they are unquantized, omni_convert.load(FOLDER) quantizes them while it loads."
         )
     for key, value in data.items():
         if key == names_key or (fmt.name, key) == _ONLINE_ONLY:

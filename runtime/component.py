@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
-from omni_convert.formats.config import QuantizationConfig, parse_config, stored_config
+from omni_convert.formats.config import QuantizationConfig, asks_online, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
 from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
@@ -20,12 +21,14 @@ from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One model folder. ``quantization`` is None if it holds plain weights."""
+    """One model folder. ``quantization`` is None if it holds plain weights; ``online``: the config's entry that has
+    them quantized while they are loaded, if there is one."""
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
     quantization: QuantizationConfig | None
+    online: Mapping[str, Any] | None = None
 
     @property
     def kept_dtype(self) -> str | None:
@@ -52,35 +55,35 @@ def read_component(path: Path) -> Component:
         )
     config = read_json(config_path)
     tensors = {name: tensor.spec for name, tensor, _ in read_shards(path).tensors()}
-    announced = stored_config(config)
-    quantization = None
-    if announced is not None:
-        if not isinstance(announced, dict):
-            raise OmniConvertError(f"{config_path}: quantization_config is {announced!r}, expected an object.")
-        _check_flag(announced, tensors, f"{config_path}: quantization_config")
-        quantization = parse_config(announced, f"{config_path}: quantization_config")
-        quantized_layers(tensors, quantization, str(path))
-    else:
+    announced, where = stored_config(config), f"{config_path}: quantization_config"
+    read = partial(Component, path=path, config=config, tensors=tensors)
+    if announced is None:
         _check_plain(tensors, config_path)
-    return Component(path=path, config=config, tensors=tensors, quantization=quantization)
+        return read(quantization=None)
+    if not isinstance(announced, dict):
+        raise OmniConvertError(f"{where} is {announced!r}, expected an object.")
+    if asks_online(announced):
+        _check_flag(announced, tensors, where)
+        if "quant_method" not in announced:
+            raise OmniConvertError(
+                f"{where}: found the key method, expected quant_method: libraries know only that one."
+            )
+        return read(quantization=None, online=announced)
+    quantization = parse_config(announced, where)
+    quantized_layers(tensors, quantization, str(path))
+    return read(quantization=quantization)
 
 
 def _check_flag(announced: Mapping[str, Any], tensors: Mapping[str, TensorSpec], where: str) -> None:
-    """A config that does not say "quantized already": whether it is wrong, or the weights are plain."""
-    fmt = FORMATS.get(str(announced.get("quant_method", announced.get("method"))))
-    flag = fmt.serialized_flag if fmt else None
-    if fmt is None or flag is None or announced.get(flag) is True:
-        return
-    found = f"{where}: {flag} is {announced.get(flag)!r}" if flag in announced else f"{where}: has no {flag}"
+    """Whether a config that does not say "quantized already" is wrong."""
     scale = next((name for name in tensors if name.endswith((".weight_scale", ".weight_scale_inv"))), None)
-    if scale is not None:
-        raise OmniConvertError(
-            f"{found}, but the tensors are quantized ({scale} is there), so the config is wrong, expected true. "
-            f"Engines would take the codes for plain weights. Set {flag} to true, or convert the checkpoint again."
-        )
+    if scale is None:
+        return
+    flag = str(FORMATS[announced.get("quant_method", announced.get("method"))].serialized_flag)
+    found = f"{flag} is {announced[flag]!r}" if flag in announced else f"has no {flag}"
     raise OmniConvertError(
-        f"{found} and the weights are plain, expected quantized ones: with this config engines quantize while they "
-        "load. To do the same, remove quantization_config from it and pass quantization= to omni_convert.load."
+        f"{where}: {found}, but the tensors are quantized ({scale} is there), so the config is wrong, expected true. "
+        f"Engines would take the codes for plain weights. Set {flag} to true, or convert the checkpoint again."
     )
 
 

@@ -22,7 +22,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
-from omni_convert.runtime.online import Online
+from omni_convert.runtime.online import QUANTIZING
 from omni_convert.runtime.operator import HELD, as_codes
 from omni_convert.runtime.parallel import LOADING, Split, local_tensors, split_linears
 from omni_convert.runtime.replace import check_converted, check_loaded, fill, replace_linears
@@ -35,12 +35,14 @@ class QuantMethod(str, Enum):
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of ``config.json``, in the shape that Diffusers wants."""
+    """``quantization_config`` of ``config.json``, in the shape that Diffusers wants.
 
-    online: Online | None = None
-    """How plain weights are quantized while they load; None if they are quantized already."""
+    Of plain weights that ``load`` quantizes, what they become, whatever the file asks for.
+    """
 
     def __init__(self, **data: Any) -> None:
+        online = QUANTIZING.get()
+        data = online.config.to_dict() if online else data
         self.quantization = parse_config(data)
         self.quant_method = QuantMethod.OMNI_CONVERT
         self._data = data
@@ -65,7 +67,8 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
-        self._online: Online | None = quantization_config.online
+        self._online = QUANTIZING.get()
+        self.pre_quantized: bool = self._online is None and kwargs.get("pre_quantized", True)
         self._replaced: dict[str, str] = {}
         self._rank, self._splits = LOADING.get(), dict[str, Split]()
         self.is_serializable = self._rank is None  # a part is no model
@@ -97,7 +100,7 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model, self._replaced)
-        self._online = self.quantization_config.online = None
+        self._online = None
         return model
 
     def check_if_quantized_param(

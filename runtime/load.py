@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from omni_convert.formats import FORMATS
+from omni_convert.formats.config import asks_online, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.runtime.component import Component, read_component
 from omni_convert.runtime.kernels import check_format, device_of
 from omni_convert.runtime.npu_device import open_device
-from omni_convert.runtime.online import Online
+from omni_convert.runtime.online import QUANTIZING, Online
 from omni_convert.runtime.parallel import LOADING, Rank
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -58,6 +59,7 @@ def load(
         if (folder / PIPELINE_INDEX).is_file():
             return _load_pipeline(folder, target, dtype, online or {})
         component = read_component(folder)
+        _check_online([component], online or {})
         if online is None:
             _check_quantized(folder, [component], target)
         if rank and _library(component) != "diffusers":
@@ -70,23 +72,45 @@ def load(
         LOADING.reset(token)
 
 
+def asked_online(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What configs ask to have done with plain weights while they are loaded: the entry of a model, of a pipeline
+    those of its components by name; None if nothing.
+
+    Raises:
+        OmniConvertError: there is no whole checkpoint, or the weights are not plain.
+    """
+    folder = Path(path)
+    check_folder(folder)
+    if not (folder / PIPELINE_INDEX).is_file():
+        return _asked_of(folder)
+    asked = {name: _asked_of(folder / name) for name in _component_names(folder)}
+    return {name: entry for name, entry in asked.items() if entry} or None
+
+
+def _asked_of(folder: Path) -> dict[str, Any] | None:
+    if not asks_online(stored_config(read_json(folder / CONFIG_NAME))):
+        return None
+    return dict(read_component(folder).online or {})
+
+
 def _load_model(component: Component, dtype: torch.dtype | None, online: Online | None) -> Any:
     """``online``: how its plain weights are quantized."""
     model_class, library = _model_class(component)
     kept = dtype or _stored_dtype(component, online)
-    options: dict[str, Any] = {}
-    if online:
-        plugin = importlib.import_module(f"omni_convert.runtime.{library}_plugin")
-        config = plugin.OmniConvertConfig(**online.config.to_dict())
-        config.online = online
-        options["quantization_config"] = config
-    if library == "transformers":
-        return model_class.from_pretrained(str(component.path), dtype=kept, **options).eval()
-    return _from_pretrained(model_class, component.path, kept, **options).eval()
+    options: dict[str, Any] = {"dtype" if library == "transformers" else "torch_dtype": kept}
+    token = QUANTIZING.set(online)
+    try:
+        if online:
+            plugin = importlib.import_module(f"omni_convert.runtime.{library}_plugin")
+            options["quantization_config"] = plugin.OmniConvertConfig()
+        return _from_pretrained(model_class, component.path, **options).eval()
+    finally:
+        QUANTIZING.reset(token)
 
 
 def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None, online: Mapping[str, Online]) -> Any:
-    components = _pipeline_components(folder)
+    components = {name: read_component(folder / name) for name in _component_names(folder)}
+    _check_online(components.values(), online)
     if not online:
         _check_quantized(folder, components.values(), device)
     diffusers = _import_library("diffusers")
@@ -97,24 +121,28 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None
         **{name: _stored_dtype(component) for name, component in components.items()},
     }
     parts = {name: _load_model(components[name], dtype, part) for name, part in online.items()}
-    pipeline = _from_pretrained(diffusers.DiffusionPipeline, folder, dtypes, **parts)
+    # Its own class takes all parts; that of all pipelines would load optional ones again (Wan's transformer_2).
+    name = str(read_json(folder / PIPELINE_INDEX).get("_class_name"))
+    pipeline_class = getattr(diffusers, name, diffusers.DiffusionPipeline)
+    pipeline = _from_pretrained(pipeline_class, folder, torch_dtype=dtypes, **parts)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipeline.to(device)
 
 
-def _from_pretrained(
-    diffusers_class: Any, folder: Path, dtype: torch.dtype | dict[str, torch.dtype], **options: Any
-) -> Any:
-    with warnings.catch_warnings():  # newer versions say `dtype`, but this is the name that all of them know
+def _from_pretrained(library_class: Any, folder: Path, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        # Newer versions say `dtype`, but this is the name that all of them know.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        return diffusers_class.from_pretrained(str(folder), torch_dtype=dtype, **options)
+        # Beside the one in the file; both become ours.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        return library_class.from_pretrained(str(folder), **options)
 
 
-def _pipeline_components(folder: Path) -> dict[str, Component]:
-    """The models of a pipeline, by folder name; schedulers, tokenizers and the like have no weights to check."""
-    components = {}
+def _component_names(folder: Path) -> list[str]:
+    """The models of a pipeline; schedulers, tokenizers and the like have no weights to check."""
+    names = []
     for name, entry in read_json(folder / PIPELINE_INDEX).items():
         if name.startswith("_") or not isinstance(entry, list) or not entry or entry[0] is None:
             continue
@@ -124,8 +152,8 @@ def _pipeline_components(folder: Path) -> dict[str, Component]:
                 "Convert or download the checkpoint again."
             )
         if (folder / name / CONFIG_NAME).is_file() and _has_weights(folder / name):
-            components[name] = read_component(folder / name)
-    return components
+            names.append(name)
+    return names
 
 
 def _has_weights(folder: Path) -> bool:
@@ -159,6 +187,17 @@ def check_folder(folder: Path) -> None:
             f"{folder}: found neither {PIPELINE_INDEX} nor {CONFIG_NAME}, expected one of them. Pass the folder of a "
             "pipeline or of one of its models; if a conversion was interrupted, run it again."
         )
+
+
+def _check_online(components: Iterable[Component], online: Mapping[str, Online]) -> None:
+    """Whether everything that is to be quantized while it is loaded will be."""
+    for component in components:
+        if component.online and not ({"", component.path.name} & online.keys()):
+            raise OmniConvertError(
+                f"{component.path / CONFIG_NAME}: quantization_config asks to quantize plain weights while they are "
+                f"loaded, but `quantization` names {', '.join(online) or 'nothing'}, expected {component.path.name} "
+                "among them. Add it, or remove the entry."
+            )
 
 
 def _check_quantized(folder: Path, components: Iterable[Component], device: torch.device) -> None:

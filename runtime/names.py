@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 from omni_convert.formats.config import METHODS, MIXED, is_ours
+from omni_convert.runtime.online import QUANTIZING
 
 
 def register_names(library: Any, quantizer: type, config: type) -> None:
@@ -38,6 +39,7 @@ def _either(ours: Any, theirs: Any) -> type:
 
         @classmethod
         def from_dict(cls, config_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            return (ours if is_ours(config_dict) else theirs).from_dict(config_dict, *args, **kwargs)
+            chosen = ours if QUANTIZING.get() or is_ours(config_dict) else theirs
+            return chosen.from_dict(config_dict, *args, **kwargs)
 
     return Either

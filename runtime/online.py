@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ class Online:
             return max(_amax_of(layer, self.weight(layer)) for layer in layers)
 
         return largest
+
+
+QUANTIZING: ContextVar[Online | None] = ContextVar("QUANTIZING", default=None)
+"""How the model that is being loaded is quantized: libraries have no way to hand it through."""
 
 
 def stored_weights(files: Mapping[str, Path]) -> Callable[[str], Tensor]:

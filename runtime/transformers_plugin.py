@@ -20,17 +20,19 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.runtime.component import quantized_layers, read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
-from omni_convert.runtime.online import Online
+from omni_convert.runtime.online import QUANTIZING, Online
 from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """``quantization_config`` of ``config.json``, in the shape that Transformers wants."""
+    """``quantization_config`` of ``config.json``, in the shape that Transformers wants.
 
-    online: Online | None = None
-    """How plain weights are quantized while they load; None if they are quantized already."""
+    Of plain weights that ``load`` quantizes, what they become, whatever the file asks for.
+    """
 
     def __init__(self, **data: Any) -> None:
+        online = QUANTIZING.get()
+        data = online.config.to_dict() if online else data
         self.quantization = parse_config(data)
         self.quant_method = MIXED  # chooses the quantizer; see ``names``
         self._data = data
@@ -49,7 +51,8 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._online: Online | None = quantization_config.online
+        self._online = QUANTIZING.get()
+        self.pre_quantized: bool = self._online is None and kwargs.get("pre_quantized", True)
         self._replaced: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +108,7 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_loaded(model, self._replaced)
-        self._online = self.quantization_config.online = None
+        self._online = None
 
 
 class _Quantize(ConversionOps):  # type: ignore[misc]

@@ -80,7 +80,8 @@ def load(
         device: where the model runs.
         dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
             dtype that most of its unquantized weights have on disk.
-        quantization: of a plain checkpoint, as ``convert`` takes it. ``mxfp4_dualscale`` leaves the leading blocks
+        quantization: of a plain checkpoint, as ``convert`` takes it. None: what its ``quantization_config`` asks for,
+            without the flag that says its weights are quantized already. ``mxfp4_dualscale`` leaves the leading blocks
             unquantized, as vLLM-Omni does online: ``num_bf16_fallback_layers``, by default 5.
         tp_rank, tp_size: which of how many processes this is, that run a Diffusers model together (tensor parallelism);
             each reads and holds its part of the linears. None: one process.
@@ -90,10 +91,13 @@ def load(
         OmniConvertError: the folder is not a whole checkpoint, or it cannot run here. Says what was found, what was
             expected and what to do, before any model is built.
     """
+    from omni_convert.runtime.load import asked_online
     from omni_convert.runtime.load import load as load_folder
     from omni_convert.runtime.parallel import parse_rank
 
     rank = parse_rank(tp_rank, tp_size)
+    if quantization is None and not {"method", "recipe", "components"} & choices.keys():
+        quantization = asked_online(path)
     if quantization is not None or choices:
         from omni_convert.online import load_online
 

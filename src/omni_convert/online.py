@@ -6,16 +6,15 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.checkpoint import Checkpoint, Component
-from omni_convert.converter.convert import plan
+from omni_convert.converter.checkpoint import Checkpoint, Component, open_checkpoint
 from omni_convert.converter.plan import ComponentPlan, Plan, make_plan
-from omni_convert.converter.recipe import Choices, make_recipe
-from omni_convert.formats.config import QuantizationConfig
+from omni_convert.converter.recipe import DEFAULT_PART, Choices, Recipe, make_recipe
+from omni_convert.formats.config import LayerRule, without_asking
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec
 from omni_convert.formats.layout import Shards
@@ -48,7 +47,10 @@ def load_online(
     from omni_convert.runtime.online import stored_weights
 
     check_folder(Path(path))
-    made = _plan(partial(plan, path), quantization, choices)
+    recipe, blocks = _recipe(quantization, choices)
+    checkpoint = open_checkpoint(Path(path), recipe.components)
+    plain = tuple(replace(part, config=without_asking(part.config)) for part in checkpoint.components)
+    made = _plan(replace(checkpoint, components=plain), recipe, blocks)
     parts = {}
     for part in made.components:
         files = {name: header.path for name, _, header in part.component.tensors()}
@@ -62,12 +64,7 @@ def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) 
 
     from omni_convert.runtime.replace import quantize_linears
 
-    checkpoint = _as_checkpoint(model)
-
-    def make(spec: Spec, **kept: Unpack[Choices]) -> Plan:
-        return make_plan(checkpoint, make_recipe(quantization=spec, **kept))
-
-    made = _plan(make, quantization, choices)
+    made = _plan(_as_checkpoint(model), *_recipe(quantization, choices))
 
     def weight(layer: str) -> torch.Tensor:
         linear = model.get_submodule(layer)
@@ -89,32 +86,46 @@ def _library(model: nn.Module) -> str | None:
     return "diffusers" if hasattr(model, "register_to_config") else None
 
 
-def _plan(make: Callable[..., Plan], quantization: Spec, choices: Choices) -> Plan:
-    """``make(spec, **choices)``, where the method has them without the leading blocks that stay unquantized."""
-    spec, count = _fallback_blocks(quantization, choices)
-    made = make(spec, **choices)
-    blocks = re.compile(rf"^blocks\.({'|'.join(map(str, range(count)))})\.")
-    if count and any(blocks.match(tensor.layer) for tensor in made.tensors() if tensor.decision.format):
-        made = make(spec, **{**choices, "ignore": [*choices.get("ignore", ()), f"re:{blocks.pattern}"]})
-    return made
+def _recipe(quantization: Spec, choices: Choices) -> tuple[Recipe, dict[str, int]]:
+    """What is asked for, and of its parts, how many leading blocks stay unquantized."""
+    by_component = isinstance(quantization, Mapping) and not {"method", "quant_method"} & quantization.keys()
+    specs: dict[str, Any] = dict(quantization) if by_component else {DEFAULT_PART: quantization}  # type: ignore[arg-type]
+    given = {}
+    for name, spec in specs.items():
+        if isinstance(spec, Mapping) and _FALLBACK_KEY in spec:
+            given[name] = spec[_FALLBACK_KEY]
+            specs[name] = {key: value for key, value in spec.items() if key != _FALLBACK_KEY}
+    recipe = make_recipe(quantization=specs if by_component else specs[DEFAULT_PART], **choices)
+    counts = {}
+    for name, part in recipe.parts.items():
+        count = given.get(name, given.get(DEFAULT_PART))
+        if part.format.name == "mxfp4_dualscale":
+            counts[name] = FALLBACK_BLOCKS if count is None else count
+        elif count is not None:
+            raise UsageError(f"{_FALLBACK_KEY} is {count!r}, expected no such key: only mxfp4_dualscale knows it.")
+    for count in counts.values():
+        if type(count) is not int or count < 0:
+            raise UsageError(f"{_FALLBACK_KEY} is {count!r}, expected a number of blocks, 0 or more.")
+    return recipe, counts
 
 
-def _fallback_blocks(quantization: Spec, choices: Choices) -> tuple[Spec, int]:
-    """The spec without ``num_bf16_fallback_layers``, and how many leading blocks stay unquantized."""
-    spec = dict(quantization) if isinstance(quantization, Mapping) else {"method": quantization}
-    method = spec.get("method", spec.get("quant_method")) or choices.get("method")
-    if isinstance(quantization, QuantizationConfig):
-        method = quantization.format.name
-    given = spec.pop(_FALLBACK_KEY, None)
-    rest = spec if isinstance(quantization, Mapping) else quantization
-    if method != "mxfp4_dualscale":
-        if given is not None:
-            raise UsageError(f"{_FALLBACK_KEY} is {given!r}, expected no such key: only mxfp4_dualscale knows it.")
-        return rest, 0
-    count = FALLBACK_BLOCKS if given is None else given
-    if type(count) is not int or count < 0:
-        raise UsageError(f"{_FALLBACK_KEY} is {count!r}, expected a number of blocks, 0 or more.")
-    return rest, count
+def _plan(checkpoint: Checkpoint, recipe: Recipe, counts: Mapping[str, int]) -> Plan:
+    """``recipe``, but by part the first ``counts`` blocks stay unquantized, whatever the target keeps of them."""
+    parts = dict(recipe.parts)
+    for part in checkpoint.components:
+        name = part.name if part.name in parts else DEFAULT_PART
+        count, config = counts.get(name, 0), parts[name]
+        numbers = "|".join(map(str, range(count)))
+        rules = {rf"^blocks\.({numbers})\.": None, r"^blocks\.": config.format} if name in counts else {}
+        found = [
+            LayerRule(f"re:{pattern}", fmt)
+            for pattern, fmt in rules.items()
+            if any(re.match(pattern, tensor) for tensor, _, _ in part.tensors())
+        ]
+        ignored = [LayerRule(pattern, None) for pattern in config.ignored_layers]
+        if found:
+            parts[name] = replace(config, layers=(*config.layers, *ignored, *found), ignored_layers=())
+    return make_plan(checkpoint, replace(recipe, parts=parts))
 
 
 def _online(part: ComponentPlan, weight: Callable[[str], torch.Tensor]) -> Online:

@@ -166,8 +166,12 @@ def test_damaged_folders_are_refused(name: str, qwen: Path, tmp_path: Path) -> N
 
 def test_plain_weights_with_a_config_of_online_quantization(qwen_plain: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(qwen_plain, tmp_path / "transformer"))
-    _edit_json("config.json", _set("quantization_config", value={"quant_method": "int8"}))(folder)
-    with pytest.raises(OmniConvertError, match="has no is_checkpoint_int8_serialized and the weights are plain"):
+    entry = {"quant_method": "int8", "is_checkpoint_int8_serialized": False}
+    _edit_json("config.json", _set("quantization_config", value=entry))(folder)
+    component = read_component(folder)
+    assert (component.online, component.quantization, component.kept_dtype) == (entry, None, "BF16")
+    _edit_json("config.json", _set("quantization_config", value={"method": "int8"}))(folder)
+    with pytest.raises(OmniConvertError, match="found the key method, expected quant_method"):
         read_component(folder)
 
 
