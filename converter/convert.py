@@ -6,8 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from omni_convert.converter.job import difference, job_identity
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
+from omni_convert.converter.progress import progress_bar
 from omni_convert.converter.recipe import Choices, make_recipe
 from omni_convert.converter.source import SourceFile
 from omni_convert.formats import format_label
@@ -29,13 +29,10 @@ from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import mean_db
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from typing_extensions import Unpack
 
     from omni_convert.converter.execute import Settings
 
-DEFAULT_MEMORY = 400 << 20
 ENGINES = ("local", "ray")
 """Who carries out a plan: this process, or a Ray cluster."""
 
@@ -104,6 +101,9 @@ def convert(
     hash_source: bool = False,
     engine: str = "local",
     progress: bool = False,
+    methods: Sequence[str] = (),
+    auto_ignore: str | None = None,
+    budget: str | None = None,
     **choices: Unpack[Choices],
 ) -> Report:
     """Convert a BF16, FP16 or FP32 checkpoint into a quantized one.
@@ -125,6 +125,11 @@ def convert(
         engine: who does the work: ``local``, this process, or ``ray``, the Ray cluster that RAY_ADDRESS names or that
             runs on this machine.
         progress: show a progress bar on stderr (if it is a terminal).
+        auto_ignore: keep layers, or give them another of ``methods``, such that this holds of the others:
+            ``sqnr>=30`` (dB). The source is then read twice: to choose (on processors alone), and to convert.
+        budget: such that this holds, with the least error: ``size<=0.55`` of the source's tensor bytes.
+        methods: in place of one method what to choose from, as ``analyze`` takes them: one for all layers, or, where
+            the target mixes methods, one for each.
         choices: in place of ``quantization`` a ``recipe`` (see ``read_recipe``), or a ``method`` with its options
             ``granularity``, ``block_size``, ``activation_scheme``, ``scale_rule``, ``quality`` and ``fused_scale`` as
             ``formats.make_format`` takes them. With any of them ``ignore``, layers to keep: parts of names, globs over
@@ -143,7 +148,17 @@ def convert(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
         hash_source=hash_source, engine=engine,
     )  # fmt: skip
-    return run(plan(source, quantization, **choices), Path(out), means, progress=progress, started=started)
+    if methods or auto_ignore is not None or budget is not None:
+        from omni_convert.converter.analyze import choose
+
+        own = threads if engine == ENGINES[0] else None  # those of tasks do not count here
+        planned = choose(
+            source, quantization, methods=methods, auto_ignore=auto_ignore, budget=budget, threads=own, memory=memory,
+            progress=progress, **choices,
+        ).plan  # fmt: skip
+    else:
+        planned = plan(source, quantization, **choices)
+    return run(planned, Path(out), means, progress=progress, started=started)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +184,7 @@ class Means:
 
     def settings(self, plan: Plan) -> Settings:
         """What ``execute`` takes, within the memory."""
-        from omni_convert.converter.execute import Settings, fit
+        from omni_convert.converter.execute import DEFAULT_MEMORY, Settings, fit
 
         settings = Settings(
             threads=self.threads or (1 if self.engine == "ray" else processors()),
@@ -191,10 +206,10 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
     try:
         folder.check(linked=means.link)
         kept = sum(record.size for record in folder.records.values())
-        with _progress_bar("check", kept, show=progress and kept > 0) as advance:
+        with progress_bar("check", kept, show=progress and kept > 0) as advance:
             folder.take(hashing_threads, advance)
         total = plan.bytes_before + plan.bytes_copied
-        with _progress_bar("convert", total, show=progress) as advance:
+        with progress_bar("convert", total, show=progress) as advance:
             advance(total - _source_bytes(plan, folder.missing))
             execute(
                 plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
@@ -336,12 +351,3 @@ def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
         left_out=dict(plan.checkpoint.left_out),
         warnings=plan.warnings,
     )
-
-
-@contextmanager
-def _progress_bar(title: str, total: int, *, show: bool) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    disable = None if show else True  # None: shown on a terminal only
-    with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=disable, dynamic_ncols=True) as bar:
-        yield lambda count: (bar.update(count), None)[1]

@@ -26,6 +26,7 @@ from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 Record: TypeAlias = Callable[[str, FileRecord], None]
 """Is told of every file that is whole, by its relative path, from any thread."""
+DEFAULT_MEMORY = 400 << 20
 _SMALLEST_PIECE = 1 << 18
 
 
@@ -120,18 +121,27 @@ def fit(plan: Plan, settings: Settings, memory: int) -> Settings:
     Raises:
         UsageError: one thread needs more.
     """
-    while memory_bytes(plan, settings) > memory:
+    settings = shrink(settings, memory, lambda tried: memory_bytes(plan, tried))
+    if (need := memory_bytes(plan, settings)) > memory:
+        widest = max(plan.tensors(), key=smallest_piece)
+        raise UsageError(
+            f"--memory {memory}: found a need of at least {need} bytes: three times the rows of "
+            f"{printable(widest.name)} that share a scale ({smallest_piece(widest)} bytes), and error sums. Give more, "
+            "or keep that layer with --ignore."
+        )
+    return settings
+
+
+def shrink(settings: Settings, memory: int, need: Callable[[Settings], int]) -> Settings:
+    """``settings`` with smaller pieces, then fewer threads, until they ``need`` at most ``memory`` bytes, or the least
+    there is."""
+    while need(settings) > memory:
         if settings.piece_bytes > _SMALLEST_PIECE:
             settings = replace(settings, piece_bytes=settings.piece_bytes // 2)
         elif settings.threads > 1:
             settings = replace(settings, threads=settings.threads - 1)
         else:
-            widest = max(plan.tensors(), key=smallest_piece)
-            raise UsageError(
-                f"--memory {memory}: found a need of at least {memory_bytes(plan, settings)} bytes: three times the "
-                f"rows of {printable(widest.name)} that share a scale ({smallest_piece(widest)} bytes), and error "
-                "sums. Give more, or keep that layer with --ignore."
-            )
+            break
     return settings
 
 

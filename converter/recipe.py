@@ -294,14 +294,6 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
     return data
 
 
-def parse_block_size(text: str) -> tuple[int, int]:
-    """``128x128`` -> (128, 128): rows and columns of a block."""
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
-    if not match:
-        raise UsageError(f"--block-size is {text!r}, expected rows and columns, as in 128x128.")
-    return int(match[1]), int(match[2])
-
-
 def read_input_scales(path: Path) -> dict[str, float]:
     """Layer -> scale of its activations, from a JSON object.
 

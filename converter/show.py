@@ -10,6 +10,7 @@ from omni_convert.converter.decide import natural_key
 from omni_convert.converter.fused import shared_scales
 from omni_convert.converter.plan import ComponentPlan, Plan, TensorPlan
 from omni_convert.formats import format_label
+from omni_convert.formats.config import exact_pattern
 from omni_convert.formats.errors import printable
 from omni_convert.formats.target import find_target
 from omni_convert.formats.text import format_bytes, format_db, format_table, layer_patterns
@@ -46,10 +47,21 @@ def group_tensors(part: ComponentPlan) -> list[Group]:
         # What is no weight matrix is one line: biases and norms are many, small, and always kept.
         matrix = tensor.is_matrix or (tensor.name.endswith(".weight") and len(tensor.source.spec.shape) > 1)
         pattern = patterns[tensor.layer] if matrix else "(biases, norms and other tensors)"
-        why = tensor.decision.reason if matrix else "not a weight matrix"
+        why = _reason(tensor) if matrix else "not a weight matrix"
         action = format_label(fmt) if fmt else f"keep {tensor.source.spec.dtype}"
         groups.setdefault((pattern, action, why), Group(pattern, action, why)).add(tensor)
     return sorted(groups.values(), key=lambda group: group.action.startswith("keep"))
+
+
+def _reason(tensor: TensorPlan) -> str:
+    """Why; rules that name one layer or group, of which a recipe may have hundreds, are all the same reason."""
+    reason = tensor.decision.reason
+    flag, _, rule = reason.partition(" ")
+    names = {name for known in (tensor.layer, tensor.group) if known for name in (known, exact_pattern(known))}
+    if flag == "--ignore" and rule in names:
+        return f"{flag}, by name"
+    pattern, _, method = rule.rpartition("=")
+    return f"{flag}, by name: {method}" if flag == "--layer" and pattern in names else reason
 
 
 def plan_text(plan: Plan, memory: int, disk: int, device: int = 0) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -28,9 +29,10 @@ def build_quant_config(spec: Spec, **options: Any) -> QuantizationConfig | Compo
     """How a model, or each component of a pipeline, is to be quantized.
 
     Args:
-        spec: a method (``"int8"``); a dict with ``method`` and any of the keys below; a dict of components and their
-            specs (``{"transformer": {"method": "fp8"}, "vae": None}``); a ``quantization_config`` of a checkpoint;
-            a config, which is returned; ``None`` or ``"none"``: nothing is quantized.
+        spec: a method (``"int8"``, also with options, see ``parse_method``); a dict with ``method`` and any of the keys
+            below; a dict of components and their specs (``{"transformer": {"method": "fp8"}, "vae": None}``); a
+            ``quantization_config`` of a checkpoint; a config, which is returned; ``None`` or ``"none"``: nothing is
+            quantized.
         options: further keys.
 
     The keys, all optional but the first:
@@ -53,7 +55,7 @@ def build_quant_config(spec: Spec, **options: Any) -> QuantizationConfig | Compo
     if spec is None or spec == NONE:
         return None
     if isinstance(spec, str):
-        return _from_dict({"method": spec, **options})
+        return _from_dict({**parse_method(spec), **options})
     if isinstance(spec, QuantizationConfig):
         return _without_options(spec, options)
     if not isinstance(spec, Mapping):
@@ -78,6 +80,48 @@ def component_config(name: str, spec: Spec) -> QuantizationConfig | None:
         return cast("QuantizationConfig | None", build_quant_config(spec))
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def parse_method(text: str) -> dict[str, Any]:
+    """``METHOD[:OPTION]...`` as typed, options by their values alone (``fp8:channel``, ``fp8:64x64:balanced``) -> the
+    keys of a spec. ``method_text`` is the inverse.
+
+    Raises:
+        UsageError: the method has no such option.
+    """
+    method, *words = text.split(":")
+    spec: dict[str, Any] = {"method": method}
+    options = FORMATS[method].options if method in FORMATS else {}
+    values = {value: option for option, choices in options.items() for value in choices}
+    for word in words:
+        if word in values:
+            spec[values[word]] = word
+        elif "block_size" in options and word[:1].isdigit():
+            spec["weight_block_size"] = parse_block_size(word)
+        else:
+            raise UsageError(
+                f"the method is {printable(text)!r}, expected a format and its options, as in fp8:channel"
+                + (f"; {method} knows {', '.join(values)}." if values else f", of {', '.join(FORMATS)}.")
+            )
+    return spec
+
+
+def method_text(fmt: Format) -> str:
+    """``fmt`` as ``parse_method`` reads it: its name, and the options that are not the default."""
+    default = format_options(FORMATS[fmt.name])
+    chosen = {option: value for option, value in format_options(fmt).items() if value != default.get(option)}
+    if "block_size" in chosen:
+        del chosen["granularity"]
+        chosen["block_size"] = "x".join(map(str, chosen["block_size"]))
+    return ":".join([fmt.name, *map(str, chosen.values())])
+
+
+def parse_block_size(text: str) -> tuple[int, int]:
+    """``128x128`` -> (128, 128): rows and columns of a block."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
+    if not match:
+        raise UsageError(f"--block-size is {text!r}, expected rows and columns, as in 128x128.")
+    return int(match[1]), int(match[2])
 
 
 def parse_layer_rule(text: str) -> LayerRule:

@@ -24,6 +24,11 @@ def format_db(value: float) -> str:
     return f"{value:.2f} dB" if math.isfinite(value) else "exact"
 
 
+def finite(value: float) -> float | None:
+    """A signal-to-noise ratio for JSON, which has no infinity: None where nothing was lost."""
+    return round(value, 2) if math.isfinite(value) else None
+
+
 def mean_db(values: Iterable[float]) -> float:
     """Mean over the layers that lost anything; infinite if none did."""
     finite = [value for value in values if math.isfinite(value)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
+    from omni_convert.converter.analyze import analyze
     from omni_convert.converter.convert import convert, plan
     from omni_convert.converter.inspect import inspect
     from omni_convert.converter.recipe import Choices
@@ -35,6 +36,7 @@ __all__ = [
     "OmniConvertError",
     "UsageError",
     "__version__",
+    "analyze",
     "build_quant_config",
     "convert",
     "describe",
@@ -48,6 +50,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _LAZY = {
+    "analyze": "omni_convert.converter.analyze",
     "build_quant_config": "omni_convert.formats.quant_config",
     "convert": "omni_convert.converter.convert",
     "plan": "omni_convert.converter.convert",

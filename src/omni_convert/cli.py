@@ -11,6 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
+from omni_convert.cli_analyze import analyze
 from omni_convert.cli_convert import convert
 from omni_convert.cli_look import inspect, models, verify
 from omni_convert.formats.errors import OmniConvertError, UsageError
@@ -22,6 +23,7 @@ Examples:
   omni-convert --method fp8 --granularity channel --quality balanced model/ out/
   omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
   omni-convert --recipe recipe.yaml model/ out/
+  omni-convert analyze model/ --methods int8,fp8:channel --budget "size<=0.6"
   omni-convert models
   omni-convert inspect out/
   omni-convert verify out/ --source model/
@@ -111,5 +113,5 @@ def main() -> None:
     """
 
 
-for _command in (convert, models, inspect, verify):
+for _command in (convert, analyze, models, inspect, verify):
     main.add_command(_command)

@@ -7,15 +7,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from omni_convert.cli_analyze import auto_ignore_option, budget_option, split_methods
 from omni_convert.cli_output import json_option, print_result
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
 from omni_convert.formats.int8 import FUSED_SCALES
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
+
+if TYPE_CHECKING:
+    from omni_convert.converter.choice import Choice
+    from omni_convert.converter.recipe import Choices
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
@@ -104,7 +110,15 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     metavar="NAME[=METHOD]",
     help="Quantize this component of a pipeline instead of its diffusion transformers. Repeatable.",
 )
-@click.option("--dry-run", is_flag=True, help="Show the plan; read only headers, write nothing.")
+@auto_ignore_option
+@budget_option
+@click.option(
+    "--methods",
+    callback=split_methods,
+    metavar="METHOD,...",
+    help="With these two: what to choose from in place of --method, as in analyze; for each layer if the target mixes.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan; read only headers (or what it takes to choose).")
 @click.option("--link", is_flag=True, help="Hard-link files that arrive unchanged instead of copying them.")
 @click.option(
     "--resume", is_flag=True, help="Only go on with this job's unfinished output (done unasked if OUT holds it)."
@@ -135,25 +149,33 @@ def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
     activation_scheme: str | None, activation_scales: Path | None, scale_rule: str | None, quality: str | None,
     fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
-    no_default_ignore: bool, target: str | None, components: tuple[str, ...], dry_run: bool, link: bool,
-    resume: bool, overwrite: bool, durable: bool, hash_source: bool, engine: str, threads: int | None,
-    memory: int | None, device: str, as_json: bool,
+    no_default_ignore: bool, target: str | None, components: tuple[str, ...], auto_ignore: str | None,
+    budget: str | None, methods: tuple[str, ...], dry_run: bool, link: bool, resume: bool, overwrite: bool,
+    durable: bool, hash_source: bool, engine: str, threads: int | None, memory: int | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL into OUT."""
     from omni_convert.converter import show
-    from omni_convert.converter.convert import Means, device_need, needs, plan, refusal, run
-    from omni_convert.converter.recipe import parse_block_size, read_input_scales, read_recipe
+    from omni_convert.converter.convert import ENGINES, Means, device_need, needs, plan, refusal, run
+    from omni_convert.converter.recipe import Choices, read_input_scales, read_recipe
+    from omni_convert.formats.quant_config import parse_block_size
 
     started = time.perf_counter()
-    with _uncollected():
-        planned = plan(
-            model, method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
-            block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
-            scale_rule=scale_rule, quality=quality, fused_scale=fused_scale, layers=layers, ignore=ignore,
-            ignore_whole_group=ignore_whole_group,
-            components=components, input_scales=read_input_scales(activation_scales) if activation_scales else None,
-            target=target, default_ignore=not no_default_ignore,
-        )  # fmt: skip
+    choices = Choices(
+        method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
+        block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
+        scale_rule=scale_rule, quality=quality, fused_scale=fused_scale, layers=layers, ignore=ignore,
+        ignore_whole_group=ignore_whole_group, components=components,
+        input_scales=read_input_scales(activation_scales) if activation_scales else None,
+        target=target, default_ignore=not no_default_ignore,
+    )  # fmt: skip
+    chosen = None
+    if methods or auto_ignore is not None or budget is not None:
+        own = threads if engine == ENGINES[0] else None
+        chosen = _choose(model, methods, auto_ignore, budget, own, memory, choices, is_dry=dry_run)
+        planned = chosen.plan
+    else:
+        with _uncollected():
+            planned = plan(model, **choices)
     for warning in planned.warnings:
         click.echo(f"Warning: {warning}", err=True)
     for label in [format_label(fmt) for fmt in planned.recipe.formats if fmt.quality != "fast" and not fmt.is_searched]:
@@ -166,10 +188,37 @@ def convert(
         if obstacle := refusal(planned, out, means):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
         needed = (*needs(planned, means), device_need(planned, means))
-        print_result(show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
+        _print(chosen, show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
         return
     report = run(planned, out, means, progress=True, started=started)
-    print_result(report.to_dict() if as_json else show.report_text(report))
+    _print(chosen, report.to_dict() if as_json else show.report_text(report))
+
+
+def _choose(
+    model: Path, methods: tuple[str, ...], auto_ignore: str | None, budget: str | None, threads: int | None,
+    memory: int | None, choices: Choices, *, is_dry: bool,
+) -> Choice:  # fmt: skip
+    from omni_convert.converter.analyze import choose
+
+    click.echo(
+        "Note: reads the weights to choose what to keep" + ("." if is_dry else ", then once more to convert."), err=True
+    )
+    return choose(
+        model, methods=methods, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory, progress=True,
+        **choices,
+    )  # fmt: skip
+
+
+def _print(chosen: Choice | None, result: str | dict[str, Any]) -> None:
+    """The result, with what was chosen before, if anything."""
+    if chosen is None:
+        print_result(result)
+        return
+    from omni_convert.converter.show_analysis import choice_dict, choice_text
+
+    print_result(
+        f"{choice_text(chosen)}\n\n{result}" if isinstance(result, str) else {**result, "choice": choice_dict(chosen)}
+    )
 
 
 @contextmanager

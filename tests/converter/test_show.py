@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile.small import random, write_model, write_pipeline
+from hostile.small import QWEN_CONFIG, qwen_shards, random, write_model, write_pipeline, write_sharded
 
 from omni_convert.converter.convert import Means, convert, needs, plan
 from omni_convert.converter.plan import Plan
@@ -107,3 +107,14 @@ def test_final_table(tmp_path: Path) -> None:
         *(f"{value:.2f} dB  {layer}" for layer, value in report.worst(3)),
     ):
         assert part in text
+
+
+def test_layers_that_are_named_are_one_reason(tmp_path: Path) -> None:
+    source = write_sharded(tmp_path / "model", [*qwen_shards(width=64)], QWEN_CONFIG)
+    names = [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("attn.to_qkv", "txt_mlp.net.2")]
+    text = plan_text(plan(source, method="int8", ignore=[*names[:3], "[t]ransformer_blocks.1.txt_mlp.net.2"]), 0, 0)
+    assert text.count("--ignore, by name") == 1
+    rules = [f"{names[1]}=fp8:channel", f"{names[3]}=fp8:channel", "img_mlp.net.2=none"]
+    text = plan_text(plan(source, method="int8", layers=rules, target="omni-convert"), 0, 0)
+    assert text.count("--layer, by name: fp8 (channel)") == 1
+    assert "--layer img_mlp.net.2=none" in text
