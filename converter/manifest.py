@@ -104,7 +104,12 @@ def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, st
             if error.shared_scale_db is not None:
                 entry["shared_scale_db"] = round(error.shared_scale_db, 2)
         tensors[tensor.name] = entry
-    return {"class": part.component.class_name, "architecture": part.architecture, "tensors": tensors}
+    sizes = {
+        "weights": sum(tensor.source.spec.numel for tensor in part.tensors()),
+        "bytes_before": sum(tensor.source.spec.nbytes for tensor in part.tensors()),
+        "bytes_after": sum(tensor.bytes_after for tensor in part.tensors()),
+    }
+    return {"class": part.component.class_name, "architecture": part.architecture, **sizes, "tensors": tensors}
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:

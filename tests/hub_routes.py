@@ -210,7 +210,7 @@ def _send_file(handler: Handler, blob: Blob, headers: dict[str, str]) -> None:
 
 def _preupload(handler: Handler, id: str, rev: str) -> None:
     repo = handler.repo(id)
-    if not handler.query.get("create_pr"):
+    if not (handler.query.get("create_pr") or rev.startswith("refs/pr/")):
         handler.writer(repo.owner)
     commit = repo.commit(rev)
     files = []
@@ -252,7 +252,7 @@ def _lfs_verify(handler: Handler, id: str) -> None:
 
 def _xet_token(handler: Handler, id: str, kind: str, rev: str) -> None:
     repo = handler.repo(id)
-    if kind == "write" and not handler.query.get("create_pr"):
+    if kind == "write" and not (handler.query.get("create_pr") or rev.startswith("refs/pr/")):
         handler.writer(repo.owner)
     if handler.store.xet is None:
         raise HubError(404, "No Xet here")
@@ -325,6 +325,19 @@ def _discussion_details(handler: Handler, id: str, num: str) -> None:
     handler.json(_discussion(repo, repo.discussions[int(num) - 1]))
 
 
+def _status(handler: Handler, id: str, num: str) -> None:
+    repo = handler.repo(id)
+    status = json.loads(handler.body)["status"]
+    handler.store.set_status(repo, int(num), status)
+    event = {"id": "1", "type": "status-change", "createdAt": DATE, "author": {"name": repo.owner}}
+    handler.json({"newStatus": event | {"data": {"status": status}}})
+
+
+def _auth_check_write(handler: Handler, id: str) -> None:
+    handler.writer(handler.repo(id).owner)
+    handler.json({})
+
+
 def _merge(handler: Handler, id: str, num: str) -> None:
     repo = handler.repo(id)
     handler.writer(repo.owner)
@@ -348,7 +361,9 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"{_API}/commit/(?P<rev>.+)", _commit),
     ("GET POST", rf"{_API}/discussions", _discussions),
     ("GET", rf"{_API}/discussions/(?P<num>\d+)", _discussion_details),
+    ("POST", rf"{_API}/discussions/(?P<num>\d+)/status", _status),
     ("POST", rf"{_API}/discussions/(?P<num>\d+)/merge", _merge),
+    ("GET", rf"{_API}/auth-check/write", _auth_check_write),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _lfs_batch),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/verify", _lfs_verify),
     ("PUT", r"/upload/(?P<sha256>[0-9a-f]{64})", _lfs_put),

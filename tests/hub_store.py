@@ -174,6 +174,10 @@ class Store:
                 repo.refs[f"refs/pr/{found.num}"] = repo.refs["main"]
             return found
 
+    def set_status(self, repo: Repo, num: int, status: str) -> None:
+        with self.lock:
+            repo.discussions[num - 1] = replace(repo.discussions[num - 1], status=status)
+
     def merge(self, repo: Repo, num: int) -> Commit:
         with self.lock:
             found = repo.discussions[num - 1]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from omni_convert.converter.recipe import Choices
     from omni_convert.converter.verify import verify
     from omni_convert.formats.quant_config import Spec, build_quant_config
+    from omni_convert.hub.push import push
     from omni_convert.runtime.describe import Description
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "push",
     "quantize_",
     "verify",
 ]
@@ -54,6 +56,7 @@ _LAZY = {
     "build_quant_config": "omni_convert.formats.quant_config",
     "convert": "omni_convert.converter.convert",
     "plan": "omni_convert.converter.convert",
+    "push": "omni_convert.hub.push",
     "inspect": "omni_convert.converter.inspect",
     "verify": "omni_convert.converter.verify",
 }

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 from omni_convert import __version__
 from omni_convert.cli_analyze import analyze
 from omni_convert.cli_convert import convert
+from omni_convert.cli_hub import push
 from omni_convert.cli_look import inspect, models, verify
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
@@ -27,6 +28,7 @@ Examples:
   omni-convert models
   omni-convert inspect out/
   omni-convert verify out/ --source model/
+  omni-convert push out/ me/Qwen-Image-INT8
 """
 
 
@@ -113,5 +115,5 @@ def main() -> None:
     """
 
 
-for _command in (convert, analyze, models, inspect, verify):
+for _command in (convert, analyze, models, inspect, verify, push):
     main.add_command(_command)
