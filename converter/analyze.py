@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.checkpoint import open_checkpoint
 from omni_convert.converter.choice import Choice, make_choice
 from omni_convert.converter.choose import parse_conditions
 from omni_convert.converter.execute import DEFAULT_MEMORY, Settings, shrink
 from omni_convert.converter.files import processors
+from omni_convert.converter.hub_source import open_source
 from omni_convert.converter.measure import Errors, measure, memory_bytes, weight_bytes
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
@@ -232,7 +232,7 @@ def _plans(
     is_given = is_given or bool(methods) or (bool(components) and all("=" in text for text in components))
     specs: Sequence[Spec] = methods or ([quantization] if is_given else DEFAULT_METHODS)
     recipes = [make_recipe(quantization=spec, **choices) for spec in specs]
-    checkpoint = open_checkpoint(source, recipes[0].components)
+    checkpoint = open_source(source, recipes[0].components)
     plans: dict[str, Plan] = {}
     refused: dict[str, OmniConvertError] = {}
     for recipe in recipes:

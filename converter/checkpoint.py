@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omni_convert.converter.files import check_inside, is_alternative_weights
 from omni_convert.converter.source import SourceFile
@@ -27,6 +27,9 @@ from omni_convert.formats.layout import (
     read_json,
     read_shards,
 )
+
+if TYPE_CHECKING:
+    from omni_convert.converter.hub_source import HubSource
 
 _NOT_A_MODEL = "{path}: is no .safetensors file, expected one, or a model folder. Check the path."
 _SHARD_NAME = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -73,6 +76,12 @@ class Checkpoint:
     others: Mapping[str, SourceFile]
     left_out: Mapping[str, str]
     pipeline_class: str | None = None
+    hub: HubSource | None = None
+    """The repository that ``root`` stands for."""
+
+    def shard_file(self, header: Header) -> SourceFile:
+        """The file of a header of one of the components."""
+        return self.hub.file(header.path) if self.hub else SourceFile.of_shard(header)
 
     def component_config(self, name: str) -> Mapping[str, Any] | None:
         """The config of any component of a pipeline, opened or not; None if it has none."""

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.checkpoint import open_checkpoint
 from omni_convert.converter.device import CPU, DEVICE_PIECE_BYTES, check_name
 from omni_convert.converter.files import processors
 from omni_convert.converter.folder import OutputFolder, total_size
+from omni_convert.converter.hub_source import fetching, naming, open_source
 from omni_convert.converter.job import difference, job_identity
 from omni_convert.converter.manifest import manifest_bytes
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.progress import progress_bar
 from omni_convert.converter.recipe import Choices, make_recipe
-from omni_convert.converter.source import SourceFile
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError, SourceError, UsageError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME
@@ -83,7 +82,9 @@ class Report:
 def plan(source: str | os.PathLike[str], quantization: Spec = None, **choices: Unpack[Choices]) -> Plan:
     """Decide what a conversion would do, from headers alone. Arguments as in ``convert``."""
     recipe = make_recipe(quantization=quantization, **choices)
-    return make_plan(open_checkpoint(Path(source), recipe.components), recipe)
+    checkpoint = open_source(source, recipe.components)
+    with naming(checkpoint):
+        return make_plan(checkpoint, recipe)
 
 
 def convert(
@@ -109,7 +110,8 @@ def convert(
     """Convert a BF16, FP16 or FP32 checkpoint into a quantized one.
 
     Args:
-        source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to.
+        source: pipeline folder, component or transformers folder, or one ``.safetensors`` file; never written to. What
+            is none of these may be a repository on the Hub: ``org/name[@revision]``.
         out: a new or empty folder, or the unfinished output of this same job, which then goes on.
         quantization: as ``build_quant_config`` takes it: a method, a dict, a dict of components, a config.
         threads: default: the processors this process may use; with ``ray``, of one task, default 1. The bytes do not
@@ -174,6 +176,8 @@ class Means:
     resume: bool = False
     hash_source: bool = False
     engine: str = ENGINES[0]
+    scratch: Path | None = None
+    """Where downloads are kept until their output is whole; None for the Hub cache, which keeps them for good."""
 
     def __post_init__(self) -> None:
         check_name(self.device)
@@ -198,6 +202,11 @@ class Means:
 
 def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
     """Carry out a plan. ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``."""
+    with naming(plan.checkpoint):
+        return _run(plan, out, means, progress=progress, started=started)
+
+
+def _run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
     from omni_convert.converter.execute import on_device
 
     execute, settings = _engine(means.engine), on_device(plan, means.settings(plan))
@@ -209,7 +218,10 @@ def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) 
         with progress_bar("check", kept, show=progress and kept > 0) as advance:
             folder.take(hashing_threads, advance)
         total = plan.bytes_before + plan.bytes_copied
-        with progress_bar("convert", total, show=progress) as advance:
+        with (
+            fetching(plan.checkpoint, folder.missing, show=progress),
+            progress_bar("convert", total, show=progress) as advance,
+        ):
             advance(total - _source_bytes(plan, folder.missing))
             execute(
                 plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
@@ -254,8 +266,9 @@ def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     from omni_convert.converter.execute import on_device
 
     try:
-        on_device(plan, means.settings(plan))
-        _output_folder(plan, out, means).check(linked=means.link)
+        with naming(plan.checkpoint):
+            on_device(plan, means.settings(plan))
+            _output_folder(plan, out, means).check(linked=means.link)
     except (OmniConvertError, OSError) as error:
         return str(error)
     return None
@@ -278,6 +291,9 @@ def device_need(plan: Plan, means: Means) -> int:
 def _output_folder(plan: Plan, out: Path, means: Means) -> OutputFolder:
     if means.resume and means.overwrite:
         raise UsageError("--resume goes on with what is there, --overwrite begins anew. Give one of them.")
+    if plan.checkpoint.hub:
+        refused = {"--link": means.link, "--engine ray": means.engine == "ray"}
+        plan.checkpoint.hub.prepare(means.scratch, [option for option, given in refused.items() if given])
     return OutputFolder(
         plan, out, job_identity(plan), overwrite=means.overwrite, resume=means.resume, durable=means.durable
     )
@@ -297,7 +313,7 @@ def _check_source(plan: Plan, job: Mapping[str, Any]) -> None:
     SourceError: a file of the source is not what it was when the run began.
     """
     for _, shard in plan.shards.values():
-        SourceFile.of_shard(shard.source).check()
+        plan.checkpoint.shard_file(shard.source).check()
     for file in plan.checkpoint.others.values():
         file.check()
     if reason := difference(job, job_identity(plan)):
@@ -313,7 +329,9 @@ def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
             texts[component.relative(component.shards.index_name)] = part.index_bytes
         texts[component.relative(CONFIG_NAME)] = part.config_bytes
     texts |= {
-        name: plan.checkpoint.others[name].path.read_bytes() for name in folder.seals if name in plan.checkpoint.others
+        name: plan.checkpoint.others[name].located().read_bytes()
+        for name in folder.seals
+        if name in plan.checkpoint.others
     }
     files = {name: (record.sha256, record.size) for name, record in folder.records.items()}
     files |= {name: (hashlib.sha256(data).hexdigest(), len(data)) for name, data in texts.items()}

@@ -66,6 +66,7 @@ def execute(
         OmniConvertError: NaN or Inf in a weight, or a file that cannot be read or written.
     """
     groups = Groups(plan, settings.piece_bytes, known)
+    hub = plan.checkpoint.hub
     files: list[OutputFile] = []
 
     def begin() -> Iterator[Iterator[Job]]:
@@ -74,8 +75,14 @@ def execute(
             files.append(output_file(plan, out, name, writer, settings, record))
             yield writer.jobs(files[-1])
 
+    def wake() -> None:
+        groups.give_up()
+        if hub:
+            hub.downloads.give_up()
+
     try:
-        run_jobs(begin(), settings.threads, progress, device.workers(settings.device), groups.give_up)
+        at_once = 1 if hub else None  # files come one after the other, and few are kept at a time
+        run_jobs(begin(), settings.threads, progress, device.workers(settings.device), wake, at_once)
     finally:
         for file in files:
             file.close()
@@ -110,6 +117,7 @@ def output_file(plan: Plan, out: Path, name: str, writer: FileWriter, settings: 
         assert file.sha256 is not None
         largest = writer.groups.shared(shard[0], shard[1].tensors) if shard else {}
         record(name, FileRecord(sha256=file.sha256, size=file.size, errors=writer.errors.finished, largest=largest))
+        writer.source.release()
 
     link_to = writer.source.path if settings.link and not shard else None
     return OutputFile(out / name, writer.spans, link_to=link_to, durable=settings.durable, whole=whole)

@@ -104,13 +104,16 @@ class OutputFolder:
         self._check_place()
         self._check_obstacles()
         self._check_contents()
-        needed = self.plan.disk_bytes(linked=linked)
+        hub, disk = self.plan.checkpoint.hub, _existing_parent(self.path)
+        downloads = hub.downloads.claim(disk, self.missing) if hub else 0
+        needed = self.plan.disk_bytes(linked=linked) + downloads
         replaced = [self.path / name for name in (*self.files, *self._stale)]
         reusable = sum(map(_freed_bytes, (*replaced, *self._partial_files())))
-        free = shutil.disk_usage(_existing_parent(self.path)).free
+        free = shutil.disk_usage(disk).free
         if needed > free + reusable:
+            what = "the output and the downloads take" if downloads else "the output takes"
             raise OmniConvertError(
-                f"{self.path}: the output takes {needed} bytes, but the disk has {free} free. Free "
+                f"{self.path}: {what} {needed} bytes, but the disk has {free} free. Free "
                 f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
             )
 

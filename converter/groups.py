@@ -87,7 +87,7 @@ class Groups:
         self._groups: defaultdict[Group, _Largest] = defaultdict(_Largest)
         for part in plan.components:
             for shard in part.shards:
-                file = SourceFile.of_shard(shard.source)
+                file = plan.checkpoint.shard_file(shard.source)
                 for tensor in shard.tensors:
                     if group := group_of(part.component.name, tensor):
                         self._groups[group].members.append((file, tensor))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.checkpoint import Component, find_components, open_checkpoint, open_component
+from omni_convert.converter.hub_source import HubSource, find_repo
 from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
@@ -70,11 +71,15 @@ class Summary:
 
 
 def inspect(path: str | os.PathLike[str]) -> Summary:
-    """Summarize a checkpoint folder or file.
+    """Summarize a checkpoint folder or file, or a repository on the Hub: ``org/name[@revision]``.
 
     Raises:
         OmniConvertError: nothing there, unfinished, or malformed.
     """
+    if repo := find_repo(path):
+        hub = HubSource(repo)
+        with hub.naming():
+            return replace(inspect(hub.root), path=str(hub))
     root = Path(os.path.abspath(path))
     if not root.is_dir():
         (component,) = open_checkpoint(root).components

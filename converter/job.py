@@ -12,7 +12,8 @@ from omni_convert.formats.layout import CONFIG_NAME
 
 
 def job_identity(plan: Plan) -> dict[str, Any]:
-    """The job as it is written into the marker; of a source file its size, time of last change and header."""
+    """The job as it is written into the marker; of a source file its size, time of last change and header, or what the
+    Hub knows of it."""
     from omni_convert import __version__
 
     files: dict[str, Any] = {}
@@ -25,7 +26,10 @@ def job_identity(plan: Plan) -> dict[str, Any]:
             if name:
                 files[component.relative(name)] = _stat(SourceFile.now(component.folder / name))
     files |= {name: _stat(file) for name, file in checkpoint.others.items()}
-    return {"omni_convert": __version__, "recipe": plan.recipe.to_dict(), "source": files}
+    job = {"omni_convert": __version__, "recipe": plan.recipe.to_dict()}
+    if hub := checkpoint.hub:
+        return {**job, "repository": hub.identity(), "source": {name: hub.facts(name) for name in files}}
+    return {**job, "source": files}
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
@@ -33,10 +37,10 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     version = found.get("omni_convert")
     if version != expected["omni_convert"]:
         return f"it was begun by omni-convert {printable(str(version))}, this is {expected['omni_convert']}"
-    for key, title in (("recipe", "the recipe"), ("source", "the source")):
-        before, now = found.get(key), expected[key]
+    for key, title in (("recipe", "the recipe"), ("repository", "the repository"), ("source", "the source")):
+        before, now = found.get(key), expected.get(key)
         if before != now:
-            before = before if isinstance(before, dict) else {}
+            before, now = (item if isinstance(item, dict) else {} for item in (before, now))
             names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
             return f"{title} differs: {printable(_change(names[0], before.get(names[0]), now.get(names[0])), 300)}"
     return ""

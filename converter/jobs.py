@@ -74,11 +74,13 @@ class _Files:
     """Hands out the jobs of files, those of each in order.
 
     A thread keeps to one file: file systems let one thread at a time write into a file, and its hash finds the bytes
-    in the processor's cache. A thread for which no file is left to begin helps with another's.
+    in the processor's cache. A thread for which no file is left to begin helps with another's. ``at_once``: how many
+    files are begun before one ends.
     """
 
-    def __init__(self, files: Iterator[Iterator[Job]]) -> None:
+    def __init__(self, files: Iterator[Iterator[Job]], at_once: int) -> None:
         self._files = files
+        self._at_once = at_once
         self._begun: list[Iterator[Job]] = []
 
     def next(self, mine: Iterator[Job] | None) -> tuple[Job, Iterator[Job]] | None:
@@ -89,7 +91,8 @@ class _Files:
                     return job, mine
                 if mine in self._begun:
                     self._begun.remove(mine)
-            if (mine := next(self._files, None)) is not None:
+            more = len(self._begun) < self._at_once
+            if more and (mine := next(self._files, None)) is not None:
                 self._begun.append(mine)
             elif self._begun:
                 mine = self._begun[0]
@@ -103,14 +106,16 @@ def run_jobs(
     progress: Callable[[int], None],
     make_worker: Callable[[], Worker] = Worker,
     wake: Callable[[], None] = lambda: None,
+    at_once: int | None = None,
 ) -> None:
     """Run the jobs of every file on ``threads`` threads; the first error stops all of them and is raised.
 
     The calling thread waits without a lock that others need: a signal may raise there at any moment. ``wake``: called
-    when no more jobs are handed out, to end jobs that wait for others.
+    when no more jobs are handed out, to end jobs that wait for others. ``at_once``: files that are begun before one
+    ends; None for one for every thread.
     """
     lock, stop = Lock(), Event()
-    queue = _Files(files)
+    queue = _Files(files, at_once or threads)
     ends: SimpleQueue[BaseException | None] = SimpleQueue()
 
     def work(worker: Worker) -> None:

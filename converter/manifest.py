@@ -13,6 +13,7 @@ from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
 from omni_convert.converter.recipe import Recipe
+from omni_convert.converter.source import SourceFile
 from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
@@ -41,6 +42,7 @@ def manifest_bytes(
             "source": {
                 "name": plan.checkpoint.root.name,
                 "kind": plan.checkpoint.kind,
+                **(plan.checkpoint.hub.identity() if plan.checkpoint.hub else {}),
                 "files": _source_files(plan.checkpoint, files, hashing_threads),
                 "left_out": dict(plan.checkpoint.left_out),
             },
@@ -57,7 +59,7 @@ def _source_files(
 ) -> dict[str, Any]:
     entries: dict[str, Any] = {}
     for name, file in checkpoint.others.items():
-        entries[name] = {"size": file.size, "mtime_ns": file.mtime_ns}
+        entries[name] = _facts(checkpoint, name, file)
         header_sha256 = hash_header(checkpoint.root / name) if name.endswith(".safetensors") else None
         if header_sha256:
             entries[name]["header_sha256"] = header_sha256
@@ -69,10 +71,13 @@ def _source_files(
         for path, header_sha256 in _component_files(component)
     }
     for name, (path, header_sha256) in own.items():
-        entries[name] = _stat(path) | ({"header_sha256": header_sha256} if header_sha256 else {})
+        entries[name] = _facts(checkpoint, name, SourceFile.now(path))
+        if header_sha256:
+            entries[name]["header_sha256"] = header_sha256
     if hashing_threads:
+        unknown = {name: path for name, (path, _) in own.items() if "sha256" not in entries[name]}
         with ThreadPoolExecutor(hashing_threads) as pool:
-            for name, digest in zip(own, pool.map(file_sha256, (path for path, _ in own.values())), strict=True):
+            for name, digest in zip(unknown, pool.map(file_sha256, unknown.values()), strict=True):
                 entries[name]["sha256"] = digest
     return dict(sorted(entries.items()))
 
@@ -84,9 +89,9 @@ def _component_files(component: Component) -> list[tuple[Path, str | None]]:
     return shards + [(path, None) for path in small if component.config is not None or path.name != CONFIG_NAME]
 
 
-def _stat(path: Path) -> dict[str, Any]:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+def _facts(checkpoint: Checkpoint, name: str, file: SourceFile) -> dict[str, Any]:
+    """What is recorded of every file of the source."""
+    return checkpoint.hub.facts(name) if checkpoint.hub else {"size": file.size, "mtime_ns": file.mtime_ns}
 
 
 def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, str], LayerError]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _room(fmt: Format, shape: tuple[int, ...], worker: Worker) -> dict[str, NDAr
 def _files(plans: Sequence[Plan]) -> Iterator[list[_Layer]]:
     """The layers of every file of the source, in its order."""
     for component, shards in _aligned(plans):
-        source, layers = SourceFile.of_shard(shards[0].source), []
+        source, layers = plans[0].checkpoint.shard_file(shards[0].source), []
         for tensors in zip(*(shard.tensors for shard in shards), strict=True):
             wanted = [(number, tensor) for number, tensor in enumerate(tensors) if tensor.decision.format]
             if wanted:

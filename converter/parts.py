@@ -53,7 +53,7 @@ def whole_file(plan: Plan, name: str) -> Part:
         return Part(name=name, source=source, start=0, stop=source.size)
     _, shard = plan.shards[name]
     start = shard.tensors[0].source.start if shard.tensors else shard.source.file_size
-    return Part(name=name, source=SourceFile.of_shard(shard.source), start=start, stop=shard.source.file_size)
+    return Part(name=name, source=plan.checkpoint.shard_file(shard.source), start=start, stop=shard.source.file_size)
 
 
 def part_bytes(total: int, workers: int) -> int:

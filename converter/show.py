@@ -67,7 +67,9 @@ def _reason(tensor: TensorPlan) -> str:
 def plan_text(plan: Plan, memory: int, disk: int, device: int = 0) -> str:
     """The plan as ``--dry-run`` prints it. ``memory``, ``disk`` and ``device``: what is needed of each, in bytes."""
     blocks = [_component_text(plan, part) for part in plan.components]
+    hub = plan.checkpoint.hub
     summary = [
+        *([["source", f"{hub} on the Hub, {format_bytes(hub.bytes_to_download)} to download"]] if hub else []),
         ["to be loaded by", find_target(plan.recipe.target).title],
         ["quantized components", f"{format_bytes(plan.bytes_before)} -> {format_bytes(plan.bytes_after)}"],
         ["bits per weight", f"{plan.bits_per_weight:.2f}"],
@@ -89,6 +91,9 @@ def plan_dict(plan: Plan, memory: int, disk: int, device: int = 0) -> dict[str, 
     return {
         "recipe": plan.recipe.to_dict(),
         "kind": plan.checkpoint.kind,
+        "source": {**hub.identity(), "bytes_to_download": hub.bytes_to_download}
+        if (hub := plan.checkpoint.hub)
+        else None,
         "components": [_component_dict(part) for part in plan.components],
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,

@@ -29,6 +29,27 @@ class SourceFile:
         stat = path.stat()
         return cls(path, stat.st_size, stat.st_mtime_ns)
 
+    def located(self) -> Path:
+        """Where its bytes are; waits until they are there."""
+        return self.path
+
+    def open(self) -> int:
+        """A descriptor for reading.
+
+        Raises:
+            OmniConvertError: the file cannot be opened, or is not what it was when the plan was made.
+        """
+        path = self.located()
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self.compare(os.fstat(fd))
+        return fd
+
+    def release(self) -> None:
+        """Nobody reads it any more."""
+
     def check(self) -> None:
         """Raises:
         OmniConvertError: the file is not what it was when the plan was made.
@@ -69,11 +90,7 @@ class Reader:
         if fd is None:
             while len(self._fds) >= _OPEN_FILES:
                 os.close(self._fds.pop(next(iter(self._fds))))
-            try:
-                fd = self._fds[source] = os.open(source.path, os.O_RDONLY)
-            except OSError as error:
-                raise unreadable(source.path, error) from error
-            source.compare(os.fstat(fd))
+            fd = self._fds[source] = source.open()
         read_into(fd, buffer, offset, source.path)
 
     def close(self) -> None:

@@ -173,8 +173,8 @@ def check_folder(folder: Path) -> None:
         )
     if not folder.is_dir():
         raise OmniConvertError(
-            f"{folder}: does not exist, expected a local folder. Check the path; a checkpoint on the Hub is loaded "
-            "with from_pretrained after `import omni_convert`, or downloaded first."
+            f"{folder}: does not exist, expected a local folder, or org/name[@revision] of a repository on the Hub. "
+            "Check the path."
         )
     for root in (folder, folder.parent):
         if (root / MARKER_NAME).is_file():

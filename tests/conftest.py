@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hub_cli import Cli
 from hub_server import HubServer
 
 if TYPE_CHECKING:
@@ -85,3 +86,9 @@ def xet_hub(tmp_path: Path) -> Iterator[HubServer]:
     pytest.importorskip("hf_xet", reason="huggingface_hub needs hf_xet for Xet storage")
     with HubServer(tmp_path / "hub", xet=True) as server:
         yield server
+
+
+@pytest.fixture
+def cli(hub: HubServer, tmp_path: Path) -> Cli:
+    """The command line with ``hub`` as its Hub and nothing in its cache."""
+    return Cli(hub, tmp_path / "work")

@@ -25,6 +25,7 @@ class GoneError(Exception):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body go out apart, and the second would wait
     record: Request
     fault: Fault | None
 

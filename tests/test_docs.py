@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_server import HubServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -21,9 +22,16 @@ def _blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_snippets_run(page: Path, qwen_image: Path, tmp_path: Path) -> None:
+def test_snippets_run(
+    page: Path, qwen_image: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a Hub of the tests' own, where the token is that of the user ``me``."""
     blocks = _blocks(page)
     shutil.copytree(qwen_image, tmp_path / "model")
+    hub.store.add_folder("Qwen/Qwen-Image", qwen_image)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
     # A page may start where another one ends: with a converted model.
     if not any("model/ out/\n" in text and "dry-run" not in text.splitlines()[-1] for _, text in blocks):
         _run(["omni-convert", "--method", "int8", "model/", "out/"], tmp_path)

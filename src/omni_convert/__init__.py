@@ -82,7 +82,8 @@ def load(
     pipeline or model, or a Transformers model, in eval mode.
 
     Args:
-        path: folder with ``model_index.json`` (pipeline) or ``config.json`` (one model).
+        path: folder with ``model_index.json`` (pipeline) or ``config.json`` (one model), or a repository on the Hub,
+            ``org/name[@revision]``, of which what the model needs is downloaded into the Hub cache.
         device: where the model runs.
         dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
             dtype that most of its unquantized weights have on disk.
@@ -97,11 +98,13 @@ def load(
         OmniConvertError: the folder is not a whole checkpoint, or it cannot run here. Says what was found, what was
             expected and what to do, before any model is built.
     """
+    from omni_convert.converter.hub_source import local_folder
     from omni_convert.runtime.load import asked_online
     from omni_convert.runtime.load import load as load_folder
     from omni_convert.runtime.parallel import parse_rank
 
     rank = parse_rank(tp_rank, tp_size)
+    path = local_folder(path)
     if quantization is None and not {"method", "recipe", "components"} & choices.keys():
         quantization = asked_online(path)
     if quantization is not None or choices:

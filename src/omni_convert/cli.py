@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ Examples:
   omni-convert --method int8 --ignore img_mlp --dry-run Qwen-Image/ out/
   omni-convert --method fp8 --granularity channel --quality balanced model/ out/
   omni-convert --method int8 --ignore 're:blocks\\.[01]\\.' --link pipeline/ out/
+  omni-convert --method fp8 Qwen/Qwen-Image out/
   omni-convert --recipe recipe.yaml model/ out/
   omni-convert analyze model/ --methods int8,fp8:channel --budget "size<=0.6"
   omni-convert models
@@ -110,9 +112,11 @@ def _overhear(*_: object) -> None:
 def main() -> None:
     """Convert a BF16 checkpoint once into a quantized checkpoint that inference engines load unchanged.
 
-    MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, or a .safetensors file.
-    OUT is a new folder with the same layout. Exit status: 0 done, 1 failed, 2 wrong usage.
+    MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, a .safetensors file, or
+    org/name[@revision] on the Hugging Face Hub. OUT is a new folder with the same layout. Exit status: 0 done,
+    1 failed, 2 wrong usage.
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what is worth telling of the Hub, this program tells
 
 
 for _command in (convert, analyze, models, inspect, verify, push):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from omni_convert.cli_analyze import auto_ignore_option, budget_option, split_methods
-from omni_convert.cli_output import json_option, print_result
+from omni_convert.cli_output import json_option, note_local, print_result
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
@@ -153,13 +153,14 @@ def convert(
     budget: str | None, methods: tuple[str, ...], dry_run: bool, link: bool, resume: bool, overwrite: bool,
     durable: bool, hash_source: bool, engine: str, threads: int | None, memory: int | None, device: str, as_json: bool,
 ) -> None:  # fmt: skip
-    """Convert MODEL into OUT."""
+    """Convert MODEL, a folder, a file or org/name[@revision] on the Hub, into OUT."""
     from omni_convert.converter import show
     from omni_convert.converter.convert import ENGINES, Means, device_need, needs, plan, refusal, run
     from omni_convert.converter.recipe import Choices, read_input_scales, read_recipe
     from omni_convert.formats.quant_config import parse_block_size
 
     started = time.perf_counter()
+    note_local(model)
     choices = Choices(
         method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
         block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,

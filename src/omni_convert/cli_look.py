@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from omni_convert.cli_output import json_option, print_result
+from omni_convert.cli_output import json_option, note_local, print_result
 
 
 @click.command(short_help="Show which models each target can load, with which methods.")
@@ -23,9 +23,11 @@ def models(as_json: bool) -> None:
 @click.argument("path", type=click.Path(path_type=Path))
 @json_option
 def inspect(path: Path, as_json: bool) -> None:
-    """Show what is in the checkpoint at PATH: classes, dtypes, sizes, quantized and kept layers."""
+    """Show what is in the checkpoint at PATH, or in org/name[@revision] on the Hub: classes, dtypes, sizes, quantized
+    and kept layers."""
     from omni_convert.converter.inspect import inspect as inspect_checkpoint
 
+    note_local(path)
     summary = inspect_checkpoint(path)
     print_result(summary.to_dict() if as_json else summary.to_text())
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def note_local(source: Path) -> None:
+    """Say that a folder or file here was meant, where a repository on the Hub could have been."""
+    from omni_convert.converter.hub_repo import parse_repo
+
+    if parse_repo(str(source)) and source.exists():
+        click.echo(f"Note: {source} is what lies here, not the repository of that name on the Hub.", err=True)
 
 
 def print_result(result: str | dict[str, Any]) -> None:

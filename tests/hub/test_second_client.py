@@ -19,7 +19,8 @@ const access = { hubUrl, accessToken };
 (async () => {
   const large = new Blob([new Uint8Array(300000).fill(7)]);
   await createRepo({ repo: "me/second", ...access });
-  await uploadFiles({ repo: "me/second", files: [{ path: "a.safetensors", content: large }], ...access, useXet: false });
+  const files = [{ path: "a.safetensors", content: large }];
+  await uploadFiles({ repo: "me/second", files, ...access, useXet: false });
   const found = {};
   for (const name of ["me/second", repo])
     for await (const file of listFiles({ repo: name, recursive: true, ...access }))

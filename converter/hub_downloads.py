@@ -1,0 +1,276 @@
+"""Files of a repository as they are needed: from the Hub cache, or downloaded into it, ahead of who reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Condition, Event, Thread
+from typing import Any
+
+from omni_convert.converter.hashes import PIECE_BYTES, file_sha256
+from omni_convert.converter.hub_errors import GivenUpError, explained, retrying
+from omni_convert.converter.hub_repo import Listing, RemoteFile, cache_folder
+from omni_convert.converter.source import SourceFile
+from omni_convert.formats.errors import OmniConvertError, SourceError
+from omni_convert.formats.header import hash_header
+
+_AHEAD = 2
+"""Files that are downloaded before anybody asked for them."""
+
+
+@dataclass(frozen=True)
+class HubFile(SourceFile):
+    """A file of a repository, pinned to a commit; ``path`` is its stand-in. It is fetched when it is first opened."""
+
+    name: str
+    downloads: Downloads = field(compare=False, repr=False)
+
+    def located(self) -> Path:
+        return self.downloads.wait(self.name)
+
+    def check(self) -> None:
+        """A commit does not change, and what was downloaded has been compared with its hash."""
+
+    def compare(self, found: os.stat_result) -> None:
+        if found.st_size != self.size:
+            raise SourceError(
+                f"{self.path}: has {found.st_size} bytes, expected {self.size}: it changed during the run."
+            )
+
+    def release(self) -> None:
+        self.downloads.release(self.name)
+
+
+class Downloads:
+    """The files of a listing. While ``running``, a thread fetches them in order, at most a few before they are used.
+
+    ``scratch``: where files go that the Hub cache lacks, until ``release``; None for the Hub cache, which keeps them.
+    """
+
+    def __init__(self, listing: Listing, view: Path) -> None:
+        """``view``: the folder of stand-ins, with the headers that the plan was made from."""
+        self.listing = listing
+        self.view = view
+        self.scratch: Path | None = None
+        self._ready: dict[str, Path] = {}
+        self._passing: dict[str, Path] = {}
+        self._used: set[str] = set()
+        self._wanted: list[str] = []
+        self._order: list[str] = []
+        self._error: BaseException | None = None
+        self._thread: Thread | None = None
+        self._stop = Event()
+        self._change = Condition()
+        self._progress: Callable[[int], None] = lambda count: None
+
+    def cached(self, name: str) -> Path | None:
+        """A file in the Hub cache, if it is whole there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.listing.repo.id, name, revision=self.listing.commit)
+        path = Path(found) if isinstance(found, str) else None
+        return path if path and path.stat().st_size == self.listing.files[name].size else None
+
+    def missing(self, names: Iterable[str]) -> int:
+        """Bytes of these files that would be downloaded."""
+        blobs = cache_folder(self.listing.repo) / "blobs"
+        files = {file.etag or name: file for name, file in self._files(names) if not self.cached(name)}
+        return sum(file.size for etag, file in files.items() if not (blobs / etag).is_file())
+
+    def _files(self, names: Iterable[str]) -> Iterator[tuple[str, RemoteFile]]:
+        return ((name, self.listing.files[name]) for name in names)
+
+    def claim(self, disk: Path, names: Iterable[str]) -> int:
+        """Bytes that downloads take of the disk on which the folder ``disk`` lies.
+
+        Raises:
+            OmniConvertError: they go to another disk, which has too little.
+        """
+        names = list(names)
+        needed = self.missing(names)
+        if self.scratch:  # one is read, one comes; another may wait for its end
+            needed = min(needed, 3 * max((self.listing.files[name].size for name in names), default=0))
+        home = self.scratch or cache_folder(self.listing.repo)
+        parent = next(folder for folder in (home, *home.parents) if folder.exists())
+        if parent.stat().st_dev == disk.stat().st_dev:
+            return needed
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            raise OmniConvertError(
+                f"{home}: the downloads take {needed} bytes, but the disk has {free} free. Free {needed - free} bytes, "
+                "or have the cache elsewhere (HF_HOME)."
+            )
+        return 0
+
+    @contextmanager
+    def running(self, names: Sequence[str], progress: Callable[[int], None]) -> Iterator[None]:
+        """Fetch ``names`` in this order meanwhile; ``progress`` receives the bytes that come."""
+        self._order, self._progress = list(names), progress
+        self._stop.clear()
+        self._thread = Thread(target=self._run, name="omni-convert-downloads", daemon=True)
+        self._thread.start()
+        try:
+            yield
+        finally:
+            self.give_up()
+            self._thread.join(timeout=2)  # what is under way cannot always be stopped
+            self._thread = None
+
+    def give_up(self) -> None:
+        """Let nobody wait any more, since the run stops."""
+        self._stop.set()
+        with self._change:
+            self._change.notify_all()
+
+    def wait(self, name: str) -> Path:
+        """Where a file lies, once it is there.
+
+        Raises:
+            OmniConvertError: it, or one before it, could not be fetched.
+        """
+        if self._thread is None:
+            return self.fetch(name)
+        with self._change:
+            self._used.add(name)
+            if name not in self._ready:
+                self._wanted.append(name)
+            self._change.notify_all()
+            while name not in self._ready:
+                if self._error is not None:
+                    raise self._error
+                if self._stop.is_set():
+                    raise GivenUpError("Stopped.")
+                self._change.wait()
+            return self._ready[name]
+
+    def release(self, name: str) -> None:
+        """Nobody reads this file any more: if it is no part of the Hub cache, it is removed."""
+        with self._change:
+            if path := self._passing.pop(name, None):
+                del self._ready[name]
+                os.truncate(path, 0)  # a thread may hold it open, which would hold its bytes
+                path.unlink()
+            self._change.notify_all()
+
+    def fetch(self, name: str) -> Path:
+        """Where a file lies, now; it is downloaded if need be, and compared with what the Hub said of it."""
+        path = self.cached(name)
+        if path is None:
+            with explained(self.listing.repo, name):
+                path = retrying(lambda: self._download(name), self._stop.wait)
+            self._check_hash(name, path)
+            if self.scratch:
+                self._passing[name] = path
+        stand_in = self.view / name
+        if name.endswith(".safetensors") and stand_in.exists() and hash_header(stand_in) != hash_header(path):
+            raise SourceError(
+                f"{path}: its header is not the one that the plan was made from. Remove the file, then run again."
+            )
+        return path
+
+    def _run(self) -> None:
+        while (name := self._next()) is not None:
+            try:
+                path = self.fetch(name)
+            except BaseException as error:  # whoever waits raises it
+                with self._change:
+                    self._error = error
+                    self._change.notify_all()
+                return
+            with self._change:
+                self._ready[name] = path
+                self._change.notify_all()
+
+    def _next(self) -> str | None:
+        """What to fetch: first what somebody waits for, then ahead of need; None when the run is over."""
+        with self._change:
+            while not self._stop.is_set():
+                self._wanted = [name for name in self._wanted if name not in self._ready]
+                self._order = [name for name in self._order if name not in self._ready and name not in self._used]
+                if self._wanted:
+                    return self._wanted[0]
+                ahead = 1 if self.scratch else _AHEAD
+                if self._order and len(self._ready.keys() - self._used) < ahead:
+                    return self._order[0]
+                self._change.wait()
+        return None
+
+    def _download(self, name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        bar = _counter(self._progress, self._stop)
+        try:
+            found = hf_hub_download(
+                self.listing.repo.id,
+                name,
+                revision=self.listing.commit,
+                local_dir=self.scratch,
+                library_name="omni-convert",
+                tqdm_class=bar,
+            )
+        except BaseException:
+            self._progress(-bar.count)
+            raise
+        return Path(found)
+
+    def _check_hash(self, name: str, path: Path) -> None:
+        """Raises:
+        SourceError: what came is not what the Hub said of this commit.
+        """
+        file = self.listing.files[name]
+        found = _hash(path, file, self._stop)
+        if (path.stat().st_size, found) == (file.size, file.etag):
+            return
+        for item in (path.resolve(), path):  # what the cache names by this hash, and its place in the snapshot
+            with suppress(FileNotFoundError):
+                item.unlink()
+        raise SourceError(
+            f"{self.listing}: {name} came with the hash {found}, expected {file.etag}: it was changed or damaged on "
+            "its way here, and was removed. Run again."
+        )
+
+
+def _hash(path: Path, file: RemoteFile, stop: Event) -> str:
+    def goes_on(count: int) -> None:
+        if stop.is_set():
+            raise GivenUpError("Stopped.")
+
+    if file.sha256:
+        return file_sha256(path, goes_on)
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
+    with path.open("rb") as opened:
+        while block := opened.read(PIECE_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _counter(progress: Callable[[int], None], stop: Event) -> Any:
+    """What the client takes for a class of progress bars: it counts bytes, and ends the download when the run stops."""
+
+    class Counter:
+        count = 0
+
+        def __init__(self, *args: object, **options: object) -> None:
+            self.n = self.total = 0
+
+        def update(self, count: float | None = 1) -> None:
+            if stop.is_set():
+                raise GivenUpError("Stopped.")
+            Counter.count += int(count or 0)
+            progress(int(count or 0))
+
+        def nothing(self, *args: object, **options: object) -> None:
+            """Nothing is shown."""
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = set_description = refresh = close = nothing
+        __exit__ = nothing
+
+        def __enter__(self) -> Counter:
+            return self
+
+    return Counter

@@ -1,0 +1,134 @@
+"""A source by its name: a folder or file here, or a repository on the Hub, opened without its weights."""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.checkpoint import Checkpoint, open_checkpoint
+from omni_convert.converter.hub_downloads import Downloads, HubFile
+from omni_convert.converter.hub_errors import explained, retrying
+from omni_convert.converter.hub_repo import Listing, Repo, list_repo, parse_repo, remember
+from omni_convert.converter.hub_view import make_view
+from omni_convert.converter.progress import progress_bar
+from omni_convert.converter.source import SourceFile
+from omni_convert.formats.errors import OmniConvertError, UsageError
+
+
+class HubSource:
+    """One commit of a repository, as a folder of stand-ins (``root``) and downloads that replace them."""
+
+    def __init__(self, repo: Repo) -> None:
+        """Raises:
+        OmniConvertError: it cannot be seen or fetched, or is no checkpoint.
+        """
+        folder = tempfile.mkdtemp(prefix="omni-convert-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.root = Path(folder) / repo.id.partition("/")[2]
+        self.root.mkdir()
+        self.listing: Listing = list_repo(repo)
+        self.downloads = Downloads(self.listing, self.root)
+        self.left_out = make_view(self.listing, self.downloads, self.root)
+        remember(self.listing)
+
+    def __str__(self) -> str:
+        return str(self.listing)
+
+    def file(self, path: Path) -> SourceFile:
+        """The file whose stand-in is ``path``."""
+        name = path.relative_to(self.root).as_posix()
+        return HubFile(path, self.listing.files[name].size, 0, name, self.downloads)
+
+    @property
+    def bytes_to_download(self) -> int:
+        """Bytes that a whole conversion would fetch: what the Hub cache lacks."""
+        return self.downloads.missing(name for name in self.listing.files if name not in self.left_out)
+
+    def identity(self) -> dict[str, str]:
+        """Where it comes from, for a journal or a manifest."""
+        return {"repo": self.listing.repo.id, "revision": self.listing.commit}
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """What is known of a file without reading it."""
+        return self.listing.files[name].identity()
+
+    def open(self, components: Sequence[str]) -> Checkpoint:
+        with self.naming():
+            opened = open_checkpoint(self.root, components)
+        others = {name: self.file(self.root / name) for name in opened.others}
+        return replace(opened, others=others, left_out={**opened.left_out, **self.left_out}, hub=self)
+
+    def prepare(self, scratch: Path | None, refused: Sequence[str]) -> None:
+        """Have downloads go where they should. ``refused``: options that were given and need a folder.
+
+        Raises:
+            UsageError: there are any.
+        """
+        self.downloads.scratch = scratch
+        for option in refused:
+            raise UsageError(
+                f"{option}: needs the source as a folder, found {self} on the Hub. Download it first: hf download "
+                f"{self.listing.repo.id} --revision {self.listing.commit} --local-dir DIR"
+            )
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors speak of the repository, not of stand-ins."""
+        try:
+            yield
+        except OmniConvertError as error:
+            raise type(error)(str(error).replace(str(self.root), str(self))) from error.__cause__
+
+
+def find_repo(source: str | os.PathLike[str]) -> Repo | None:
+    """The repository that ``source`` means; None if something of that name is here, or it is no such name."""
+    text = os.fspath(source)
+    return None if os.path.lexists(text) else parse_repo(text)
+
+
+def open_source(source: str | os.PathLike[str], components: Sequence[str] = ()) -> Checkpoint:
+    """``open_checkpoint`` of a path, or of ``org/name[@revision]`` on the Hub, if nothing here has that name."""
+    repo = find_repo(source)
+    return HubSource(repo).open(components) if repo else open_checkpoint(Path(source), components)
+
+
+@contextmanager
+def naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Errors name the source as the user did."""
+    if checkpoint.hub is None:
+        yield
+    else:
+        with checkpoint.hub.naming():
+            yield
+
+
+@contextmanager
+def fetching(checkpoint: Checkpoint, names: Sequence[str], *, show: bool) -> Iterator[None]:
+    """Meanwhile, files are fetched ahead of their use, with a progress bar; nothing for a source that is here."""
+    if (hub := checkpoint.hub) is None:
+        yield
+        return
+    missing = hub.downloads.missing(names)
+    with progress_bar("download", missing, show=show) as advance, hub.downloads.running(names, advance):
+        yield
+
+
+def local_folder(source: str | os.PathLike[str]) -> Path:
+    """``source`` as a folder that is whole: of a repository what its model needs, in the Hub cache."""
+    from huggingface_hub import snapshot_download
+
+    repo = find_repo(source)
+    if repo is None:
+        return Path(source)
+    hub = HubSource(repo)
+    needed = [glob.escape(name) for name in hub.listing.files if name not in hub.left_out]
+    with explained(repo):
+        return Path(retrying(lambda: snapshot_download(repo.id, revision=hub.listing.commit, allow_patterns=needed)))
