@@ -1,8 +1,8 @@
 """Small models that behave like big ones: real layouts, real classes, weights that are made on the spot.
 
-``write_qwen_image`` and ``write_z_image`` write whole pipeline folders (sharded transformer, index, tokenizer, vae,
-scheduler, the odd other file), as a hub repository holds them. ``minilm_path`` is a trained model that pip can
-install. The quickstart and the tests share them.
+``write_qwen_image``, ``write_z_image`` and ``write_wan`` write whole pipeline folders (sharded transformer, index,
+tokenizer, vae, scheduler, the odd other file), as a hub repository holds them; ``write_language_model`` one model's.
+``minilm_path`` is a trained model that pip can install. The quickstart and the tests share them.
 """
 
 from __future__ import annotations
@@ -163,6 +163,36 @@ def write_z_image(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat
     return folder
 
 
+def write_wan(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A WanPipeline of one transformer. Frames: multiples of 16; their number: 4 n + 1."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tokenizer = _tokenizer()
+    width = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **width))
+    transformer = WanTransformer3DModel(
+        num_layers=2, num_attention_heads=4, attention_head_dim=32, ffn_dim=256, text_dim=64, freq_dim=64
+    )
+    vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipeline = WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer)
+    return _write(pipeline, folder, seed, dtype)
+
+
+def write_language_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A Qwen3ForCausalLM with its tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = _tokenizer()
+    model = Qwen3ForCausalLM(Qwen3Config(**_qwen3_config(tokenizer)))
+    _fill(model, f"{seed}/language_model")
+    model.to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE of about 400 tokens, trained here."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -231,6 +261,8 @@ def _write(pipeline: DiffusionPipeline, folder: Path, seed: int, dtype: torch.dt
     """Fill the weights and save them as hub repositories do: transformer and text encoder in some three shards."""
     pipeline.save_config(folder)
     for name, component in pipeline.components.items():
+        if component is None:
+            continue
         sharding = {}
         if isinstance(component, torch.nn.Module):
             _fill(component, f"{seed}/{name}")

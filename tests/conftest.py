@@ -40,6 +40,22 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small WanPipeline in BF16, random weights."""
+    from models import write_wan
+
+    return write_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small Qwen3ForCausalLM in BF16 with its tokenizer, random weights."""
+    from models import write_language_model
+
+    return write_language_model(tmp_path_factory.mktemp("language-model"))
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """Folder of the trained all-MiniLM-L6-v2 in float32."""
     from models import minilm_path

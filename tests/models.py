@@ -5,6 +5,24 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-from demo_models import SENTENCES, embed, load_bf16, minilm_path, write_qwen_image, write_z_image
+from demo_models import (
+    SENTENCES,
+    embed,
+    load_bf16,
+    minilm_path,
+    write_language_model,
+    write_qwen_image,
+    write_wan,
+    write_z_image,
+)
 
-__all__ = ["SENTENCES", "embed", "load_bf16", "minilm_path", "write_qwen_image", "write_z_image"]
+__all__ = [
+    "SENTENCES",
+    "embed",
+    "load_bf16",
+    "minilm_path",
+    "write_language_model",
+    "write_qwen_image",
+    "write_wan",
+    "write_z_image",
+]

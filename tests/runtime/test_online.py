@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from conversions import matrices, weights
 from kinds import CHOICES
 from loaded import assert_holds, layers_of, quantized_names, stored
-from models import write_qwen_image
+from models import write_qwen_image, write_wan
 from quantized import as_bytes
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -90,8 +91,9 @@ def test_model_in_memory(name: str, qwen_plain: Path, tmp_path: Path, qwen_input
     assert_holds(omni_convert.load(tmp_path / "saved"), tmp_path / "out")
 
 
-def test_pipeline(tmp_path: Path) -> None:
-    write_qwen_image(tmp_path / "model")
+@pytest.mark.parametrize("write", [write_qwen_image, write_wan])
+def test_pipeline(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    write(tmp_path / "model")
     omni_convert.convert(tmp_path / "model", tmp_path / "out", method="int8")
     pipe = omni_convert.load(tmp_path / "model", quantization={"method": "int8"})
     assert_holds(pipe.transformer, tmp_path / "out" / "transformer")
