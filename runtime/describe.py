@@ -81,8 +81,7 @@ def describe(model: nn.Module) -> Description:
     """See ``omni_convert.describe``."""
     layers = []
     held = 0
-    modules = {name: part for part_name, part in _parts(model) for name, part in _named(part_name, part)}
-    for name, module in modules.items():
+    for name, module in all_modules(model).items():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in own)
         if isinstance(module, QuantizedLinear):
@@ -90,6 +89,15 @@ def describe(model: nn.Module) -> Description:
         else:
             held += size
     return Description(layers=tuple(layers), other_bytes=held)
+
+
+def all_modules(model: Any) -> dict[str, nn.Module]:
+    """Of a model by their names, of a pipeline after the names of its components.
+
+    Raises:
+        OmniConvertError: neither a model nor a pipeline.
+    """
+    return {name: part for part_name, part in _parts(model) for name, part in _named(part_name, part)}
 
 
 def _parts(model: Any) -> list[tuple[str, nn.Module]]:

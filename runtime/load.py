@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,8 @@ def load(
         device: where the model runs.
         dtype: of everything that is not quantized, and so of the activations. None keeps each component in the
             dtype that most of its unquantized weights have on disk.
-        online: of a plain checkpoint, by component, what is quantized while it loads.
+        online: of a plain checkpoint, by component, what is quantized while it loads; empty: nothing, the checkpoint
+            is loaded as it is.
         rank: of several processes that run the model together, and hold a part of it each.
 
     Raises:
@@ -51,13 +53,13 @@ def load(
     """
     folder = Path(path)
     check_folder(folder)
-    target = _parse_device(device)
+    target = parse_device(device)
     for fmt in {fmt for part in (online or {}).values() for fmt in part.config.formats}:
         check_format(fmt, device_of(target))
     token = LOADING.set(rank)
     try:
         if (folder / PIPELINE_INDEX).is_file():
-            return _load_pipeline(folder, target, dtype, online or {})
+            return _load_pipeline(folder, target, dtype, online)
         component = read_component(folder)
         _check_online([component], online or {})
         if online is None:
@@ -70,6 +72,20 @@ def load(
         return _load_model(component, dtype, online[""] if online else None).to(target)
     finally:
         LOADING.reset(token)
+
+
+def prepare(
+    path: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Callable[[], Any]:
+    """Check a checkpoint, plain or converted, as ``load`` does, and return what loads it as it is."""
+    folder = Path(path)
+    check_folder(folder)
+    target = parse_device(device)
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
+    components = [read_component(folder / name) for name in (_component_names(folder) if is_pipeline else [""])]
+    if any(component.quantization for component in components):
+        _check_quantized(folder, components, target)
+    return functools.partial(load, folder, device=target, dtype=dtype, online={})
 
 
 def asked_online(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -108,19 +124,21 @@ def _load_model(component: Component, dtype: torch.dtype | None, online: Online 
         QUANTIZING.reset(token)
 
 
-def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype | None, online: Mapping[str, Online]) -> Any:
+def _load_pipeline(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, online: Mapping[str, Online] | None
+) -> Any:
     components = {name: read_component(folder / name) for name in _component_names(folder)}
-    _check_online(components.values(), online)
-    if not online:
+    _check_online(components.values(), online or {})
+    if online is None:
         _check_quantized(folder, components.values(), device)
-    diffusers = _import_library("diffusers")
+    diffusers = import_library("diffusers")
     if any(_library(component) == "transformers" for component in components.values()):
-        _import_library("transformers")
+        import_library("transformers")
     dtypes = dtype or {
         "default": torch.float32,  # Diffusers' own; for parts without weights
         **{name: _stored_dtype(component) for name, component in components.items()},
     }
-    parts = {name: _load_model(components[name], dtype, part) for name, part in online.items()}
+    parts = {name: _load_model(components[name], dtype, part) for name, part in (online or {}).items()}
     # Its own class takes all parts; that of all pipelines would load optional ones again (Wan's transformer_2).
     name = str(read_json(folder / PIPELINE_INDEX).get("_class_name"))
     pipeline_class = getattr(diffusers, name, diffusers.DiffusionPipeline)
@@ -211,7 +229,7 @@ def _check_quantized(folder: Path, components: Iterable[Component], device: torc
         check_format(fmt, device_of(device))
 
 
-def _parse_device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
     if str(device).partition(":")[0] == "npu":  # a name that PyTorch knows only with torch-npu installed
         return open_device(str(device))
     try:
@@ -234,7 +252,7 @@ def _library(component: Component) -> str:
 
 def _model_class(component: Component) -> tuple[Any, str]:
     library = _library(component)
-    module = _import_library(library)
+    module = import_library(library)
     config_path = component.path / CONFIG_NAME
     if library == "diffusers":
         name = component.config["_class_name"]
@@ -262,7 +280,7 @@ def _stored_dtype(component: Component, online: Online | None = None) -> torch.d
     return _DTYPES[stored] if stored is not None else torch.get_default_dtype()
 
 
-def _import_library(name: str) -> ModuleType:
+def import_library(name: str) -> ModuleType:
     """``diffusers`` or ``transformers``, with the accelerate that both need to load quantized weights."""
     for package in (name, "accelerate"):
         try:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
+    from omni_convert.comparing import compare
     from omni_convert.converter.analyze import analyze
     from omni_convert.converter.convert import convert, plan
     from omni_convert.converter.inspect import inspect
@@ -39,6 +40,7 @@ __all__ = [
     "__version__",
     "analyze",
     "build_quant_config",
+    "compare",
     "convert",
     "describe",
     "inspect",
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "analyze": "omni_convert.converter.analyze",
     "build_quant_config": "omni_convert.formats.quant_config",
+    "compare": "omni_convert.comparing",
     "convert": "omni_convert.converter.convert",
     "plan": "omni_convert.converter.convert",
     "push": "omni_convert.hub.push",

@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from omni_convert import __version__
 from omni_convert.cli_analyze import analyze
+from omni_convert.cli_compare import compare
 from omni_convert.cli_convert import convert
 from omni_convert.cli_hub import push
 from omni_convert.cli_look import inspect, models, verify
@@ -31,6 +32,7 @@ Examples:
   omni-convert inspect out/
   omni-convert verify out/ --source model/
   omni-convert push out/ me/Qwen-Image-INT8
+  omni-convert compare --reference model/ --candidate out/ --task t2i --prompt 'a cup of coffee' --gate smoke
 """
 
 
@@ -119,5 +121,5 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what is worth telling of the Hub, this program tells
 
 
-for _command in (convert, analyze, models, inspect, verify, push):
+for _command in (convert, analyze, models, inspect, verify, compare, push):
     main.add_command(_command)

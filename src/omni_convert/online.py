@@ -43,6 +43,19 @@ def load_online(
     **choices: Unpack[Choices],
 ) -> Any:
     """See ``omni_convert.load``."""
+    return prepare_online(path, quantization, device=device, dtype=dtype, rank=rank, **choices)()
+
+
+def prepare_online(
+    path: str | os.PathLike[str],
+    quantization: Spec,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    rank: Rank | None = None,
+    **choices: Unpack[Choices],
+) -> Callable[[], Any]:
+    """Plan what ``load_online`` does, from headers alone; what is returned loads the model."""
     from omni_convert.runtime.load import check_folder, load
     from omni_convert.runtime.online import stored_weights
 
@@ -51,11 +64,15 @@ def load_online(
     checkpoint = open_checkpoint(Path(path), recipe.components)
     plain = tuple(replace(part, config=without_asking(part.config)) for part in checkpoint.components)
     made = _plan(replace(checkpoint, components=plain), recipe, blocks)
-    parts = {}
-    for part in made.components:
-        files = {name: header.path for name, _, header in part.component.tensors()}
-        parts[part.component.name] = _online(part, stored_weights(files))
-    return load(path, device=device, dtype=dtype, online=parts, rank=rank)
+
+    def load_planned() -> Any:
+        parts = {}
+        for part in made.components:
+            files = {name: header.path for name, _, header in part.component.tensors()}
+            parts[part.component.name] = _online(part, stored_weights(files))
+        return load(path, device=device, dtype=dtype, online=parts, rank=rank)
+
+    return load_planned
 
 
 def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) -> nn.Module:

@@ -1,0 +1,141 @@
+"""Compare what a reference and a candidate generate from the same prompts, seed, sizes and steps.
+
+The reference answers, is let go of, then the candidate is loaded: they are never in memory together, except the
+candidate's quantized layers where layers are traced. There is no score that consolidates the metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_convert.formats.errors import UsageError
+from omni_convert.quality.gate import Checked, Condition
+from omni_convert.quality.generation import Generation, ask_of, generate
+from omni_convert.quality.pair import Pair, make_pair, overall
+from omni_convert.quality.perceptual import missing
+from omni_convert.quality.request import Request
+from omni_convert.quality.similarity import GENERATION, LANGUAGE, PERCEPTUAL, PIXELS
+from omni_convert.quality.trace import LayerTrace, quantized_layers, trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """``quantization``: how it is quantized while it loads, in words; None: as it is on disk."""
+
+    folder: Path
+    quantization: str | None
+    load: Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """``metrics``: over all prompts. ``notes``: what is absent, and why. ``trace``: worst layer first; None: not asked
+    for."""
+
+    request: Request
+    reference: Model
+    candidate: Model
+    reference_generation: Generation
+    candidate_generation: Generation
+    pairs: Sequence[Pair]
+    gate: Sequence[Checked]
+    notes: Sequence[str]
+    trace: Sequence[LayerTrace] | None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return overall(self.pairs)
+
+    @property
+    def ok(self) -> bool:
+        """Every prompt meets every condition of the gate."""
+        return all(checked.ok for checked in self.gate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no infinity: None stands for it."""
+        from omni_convert.quality.compare_show import comparison_dict
+
+        return comparison_dict(self)
+
+    def to_text(self) -> str:
+        from omni_convert.quality.compare_show import comparison_text
+
+        return comparison_text(self)
+
+    def save_outputs(self, folder: str | Path) -> list[Path]:
+        """Write ``reference/`` and ``candidate/`` there: a PNG of every image or frame, or ``.npy`` of logits."""
+        from omni_convert.quality.compare_files import save_outputs
+
+        return save_outputs(self.pairs, Path(folder))
+
+
+def compare_models(
+    reference: Model, candidate: Model, request: Request, *, gate: Sequence[Condition], trace_layers: bool,
+    device: torch.device, progress: bool = False,
+) -> Comparison:  # fmt: skip
+    """See ``omni_convert.compare``."""
+    _check_computable(gate, request)
+    ask = ask_of(request, reference.folder)
+    layers: dict[str, Any] = {}
+
+    def load_candidate() -> Any:
+        model = candidate.load()
+        if trace_layers:
+            layers.update(quantized_layers(model))
+        return model
+
+    first = generate(_named("reference", reference.load, progress), ask, request, device)
+    second = generate(_named("candidate", load_candidate, progress), ask, request, device)
+    traced = trace(_named("layers", reference.load, progress), layers, ask, request, device) if trace_layers else None
+    answers = zip(request.prompts, first.answers, second.answers, strict=True)
+    pairs = [make_pair(*answer) for answer in answers]
+    return Comparison(
+        request=request, reference=reference, candidate=candidate, reference_generation=first,
+        candidate_generation=second, pairs=pairs, gate=_check(gate, pairs, second), trace=traced,
+        notes=list(dict.fromkeys(note for pair in pairs for note in pair.notes)),
+    )  # fmt: skip
+
+
+def _check_computable(gate: Sequence[Condition], request: Request) -> None:
+    """Raises:
+    UsageError: a metric of the gate does not exist for this task or in this installation.
+    """
+    for condition in gate:
+        metric = condition.metric
+        if request.task == "text" and metric in {PIXELS, *PERCEPTUAL}:
+            raise UsageError(f"the gate has {condition}, expected no metric of pixels, such as relative_l2<=0.05.")
+        if request.task != "text" and metric in LANGUAGE:
+            raise UsageError(f"the gate has {condition}, expected no metric of logits with --task {request.task}.")
+        if metric in PERCEPTUAL and (why := missing(metric)):
+            raise UsageError(f"the gate has {condition}, but {why}.")
+
+
+def _named(name: str, load: Callable[[], Any], progress: bool) -> Callable[[], Any]:
+    """What it loads shows its progress under that name, or not at all."""
+
+    def load_named() -> Any:
+        model = load()
+        if hasattr(model, "set_progress_bar_config"):
+            model.set_progress_bar_config(desc=name, disable=not progress)
+        return model
+
+    return load_named
+
+
+def _check(gate: Sequence[Condition], pairs: Sequence[Pair], candidate: Generation) -> list[Checked]:
+    measured: Mapping[str, Any] = candidate.to_dict()
+    checked = []
+    for condition in gate:
+        if condition.metric in GENERATION:
+            value = measured[condition.metric]
+            checked.append(condition.check(math.nan if value is None else value, "candidate"))
+        else:
+            values = [pair.metrics.get(condition.metric, math.nan) for pair in pairs]
+            checked += [condition.check(value, f"prompt {n}") for n, value in enumerate(values, 1)]
+    return checked

@@ -1,0 +1,111 @@
+"""What each quantized layer does to real activations, alone.
+
+The reference runs; wherever it calls a layer that the candidate has quantized, the candidate's layer gets the same
+input, and their outputs are compared. So the error of a layer is its own, of its weights and activations, and none
+that arrived from layers before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.formats import format_label
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.quality.generation import Ask
+from omni_convert.quality.meter import freed_after
+from omni_convert.quality.request import Request
+from omni_convert.runtime.describe import all_modules
+from omni_convert.runtime.linear import QuantizedLinear
+
+
+@dataclass(kw_only=True)
+class LayerTrace:
+    """Sums of squares of a layer's output and of its error, over ``calls``. ``layer``: of a pipeline, after the name of
+    its component."""
+
+    layer: str
+    format: str
+    calls: int = 0
+    signal: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def relative_l2(self) -> float:
+        """|error| / |output|; 0 if there is neither."""
+        if not self.signal:
+            return math.inf if self.noise else 0.0
+        return math.sqrt(self.noise / self.signal)
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10 of signal over noise; infinite for an exact layer."""
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
+
+    def add(self, reference: Tensor, candidate: Tensor) -> None:
+        """Outputs to the same input."""
+        expected = reference.detach().float()
+        self.calls += 1
+        self.signal += float(expected.square().sum())
+        self.noise += float((candidate.detach().float() - expected).square().sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        numbers = {"relative_l2": self.relative_l2, "sqnr_db": self.sqnr_db}
+        found = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        return {"layer": self.layer, "format": self.format, "calls": self.calls, **found}
+
+
+def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:
+    """Of a model or pipeline, by the names of ``LayerTrace``."""
+    return {name: module for name, module in all_modules(model).items() if isinstance(module, QuantizedLinear)}
+
+
+def trace(
+    load: Callable[[], Any], layers: Mapping[str, QuantizedLinear], ask: Ask, request: Request, device: torch.device
+) -> tuple[LayerTrace, ...]:
+    """Ask the reference that ``load`` loads; the layers that it called, worst first.
+
+    Raises:
+        OmniConvertError: it has no module of a layer's name.
+    """
+    with freed_after(device):
+        traces = _trace(load(), layers, ask, request)
+    return tuple(sorted((found for found in traces if found.calls), key=lambda found: (found.sqnr_db, found.layer)))
+
+
+@torch.inference_mode()
+def _trace(reference: Any, layers: Mapping[str, QuantizedLinear], ask: Ask, request: Request) -> list[LayerTrace]:
+    modules = all_modules(reference)
+    if lost := [name for name in layers if name not in modules]:
+        raise OmniConvertError(
+            f"the candidate has a quantized layer {lost[0]}, but the reference has no module of that name, expected "
+            "two forms of one model. Compare a conversion with its source."
+        )
+    traces = {name: LayerTrace(layer=name, format=format_label(layer.format)) for name, layer in layers.items()}
+    with _hooks({modules[name]: functools.partial(_compare, layers[name], traces[name]) for name in layers}):
+        for prompt in request.prompts:
+            ask(reference, prompt, True)
+    return list(traces.values())
+
+
+def _compare(
+    layer: QuantizedLinear, found: LayerTrace, _module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> None:
+    found.add(output, layer(inputs[0]))
+
+
+@contextmanager
+def _hooks(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,102 @@
+"""``omni-convert compare``: what a quantized model generates, beside what it was made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from omni_convert.cli_output import json_option, print_result
+from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import UsageError
+from omni_convert.quality.gate import GATES
+from omni_convert.quality.request import DEFAULT_SEED, TASKS
+
+_FOLDER = click.Path(path_type=Path)
+
+
+def _new_file(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and not value.absolute().parent.is_dir():
+        raise UsageError(f"{value}: its folder does not exist, expected one. Make it first.")
+    return value
+
+
+@click.command(short_help="Compare what a quantized model generates with what its source does.")
+@click.option("--reference", type=_FOLDER, required=True, metavar="MODEL", help="The model to compare with.")
+@click.option("--candidate", type=_FOLDER, metavar="OUT", help="Its conversion.")
+@click.option(
+    "--quantization",
+    type=click.Choice(list(FORMATS)),
+    metavar="METHOD",
+    help="Instead of a candidate: the reference, quantized while it loads.",
+)
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="With --quantization: keep these layers. Repeatable.")
+@click.option(
+    "--layer", "layers", multiple=True, metavar="PATTERN=METHOD", help="With --quantization: as convert has it."
+)
+@click.option("--no-default-ignore", is_flag=True, help="With --quantization: as convert has it.")
+@click.option("--target", metavar="TARGET", help="With --quantization: as convert has it.")
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Instead of --quantization: methods and rules from a YAML file.",
+)
+@click.option(
+    "--task", type=click.Choice(TASKS), required=True, help="Images, videos, or the logits of a language model."
+)
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Repeatable.")
+@click.option("--negative-prompt", metavar="TEXT")
+@click.option("--height", type=int)
+@click.option("--width", type=int)
+@click.option("--num-frames", type=int)
+@click.option("--num-inference-steps", type=int)
+@click.option("--guidance-scale", type=float)
+@click.option("--cfg-scale", type=float, help="The true_cfg_scale of Qwen-Image and FLUX.")
+@click.option("--seed", type=int, default=DEFAULT_SEED, show_default=True)
+@click.option("--warmup-runs", type=int, default=1, show_default=True, help="Of at most two steps, not measured.")
+@click.option("--measure-runs", type=int, default=1, show_default=True, help="Of which time and memory are reported.")
+@click.option("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:N, npu or npu:N.")
+@click.option(
+    "--gate",
+    metavar="GATE",
+    help=f"{', '.join(GATES)}, or conditions such as 'psnr_db>=25,mae<=6'. Exit status 1 if a prompt misses one.",
+)
+@click.option("--trace-layers", is_flag=True, help="Also measure every quantized layer on real activations.")
+@click.option("--output-json", type=_FOLDER, callback=_new_file, metavar="FILE", help="Write the result there.")
+@click.option("--save-output-dir", type=_FOLDER, metavar="FOLDER", help="Save images, frames or logits there.")
+@json_option
+def compare(
+    reference: Path, candidate: Path | None, quantization: str | None, recipe: Path | None, ignore: tuple[str, ...],
+    layers: tuple[str, ...], no_default_ignore: bool, target: str | None, prompts: tuple[str, ...],
+    output_json: Path | None, save_output_dir: Path | None, as_json: bool, **request: Any,
+) -> None:  # fmt: skip
+    """Generate with MODEL, then with OUT, from the same prompts and seed, and report how far apart they are.
+
+    Exit status: 0 done, 1 failed or a condition of --gate missed, 2 wrong usage.
+    """
+    from omni_convert.comparing import compare as compare_outputs
+    from omni_convert.converter.recipe import read_recipe
+
+    choices: dict[str, Any] = {
+        "recipe": read_recipe(recipe) if recipe else None,
+        "ignore": ignore,
+        "layers": layers,
+        "target": target,
+    }
+    given = {name: value for name, value in choices.items() if value}
+    if no_default_ignore:
+        given["default_ignore"] = False
+    result = compare_outputs(
+        reference, candidate, quantization=quantization, prompt=prompts, progress=True, **request, **given
+    )
+    if save_output_dir:
+        result.save_outputs(save_output_dir)
+    if output_json:
+        output_json.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    print_result(result.to_dict() if as_json else result.to_text())
+    if not result.ok:
+        sys.exit(1)

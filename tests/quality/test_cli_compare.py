@@ -1,0 +1,75 @@
+"""``omni-convert compare``: streams, files and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from models import write_qwen_image
+
+from omni_convert import cli
+
+SMALL = ("--height", 32, "--width", 32, "--num-inference-steps", 2)
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(cli.main, ["compare", *map(str, args)])
+
+
+def test_result_in_words_as_json_and_in_files(qwen_image: Path, tmp_path: Path) -> None:
+    ask = ("--task", "t2i", "--prompt", "a cup of coffee", *SMALL, "--seed", 7, "--output-json", tmp_path / "r.json")
+    online = ("--quantization", "fp8", "--ignore", "txt_mlp", "--no-default-ignore")
+    result = run("--reference", qwen_image, *online, *ask, "--save-output-dir", tmp_path / "images", "--gate", "smoke")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["request"]["seed"] == 7
+    assert found["candidate"] == {
+        "model": str(qwen_image),
+        "quantization": "fp8, ignore txt_mlp, default ignore False",
+    }
+    assert found["gate"]["ok"] and len(found["gate"]["conditions"]) == 4
+    assert f"{found['output_metrics']['psnr_db']:.5g}" in result.stdout
+    assert result.stdout.rstrip().endswith("gate: met")
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 2
+    again = run("--reference", qwen_image, *online, *ask, "--json")
+    assert json.loads(again.stdout)["output_metrics"] == found["output_metrics"]
+
+
+def test_a_miss_is_exit_status_1_and_says_by_how_much(language_model: Path, tmp_path: Path) -> None:
+    ask = ("--reference", language_model, "--task", "text", "--prompt", "a", "--target", "omni-convert")
+    result = run(*ask, "--quantization", "fp8", "--gate", "relative_l2<=0.001", "--output-json", tmp_path / "r.json")
+    assert result.exit_code == 1
+    value = json.loads((tmp_path / "r.json").read_text())["output_metrics"]["relative_l2"]
+    assert f"MISS  relative_l2 {value:.6g} misses <= 0.001 by {value - 0.001:.3g} (prompt 1)" in result.stdout
+    assert result.stdout.rstrip().endswith("gate: 1 of 1 missed")
+
+
+def test_a_recipe(language_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("method: int8\ntarget: omni-convert\nignored_layers: [mlp]\n")
+    ask = ("--reference", language_model, "--task", "text", "--prompt", "a", "--trace-layers", "--json")
+    result = run(*ask, "--recipe", tmp_path / "recipe.yaml")
+    assert result.exit_code == 0, result.output
+    traced = json.loads(result.stdout)["trace"]
+    assert {entry["format"] for entry in traced} == {"int8"}
+    assert len(traced) == 2 * 4
+    assert not any("mlp" in entry["layer"] for entry in traced)
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--prompt", "a"], "neither a candidate nor a quantization"),
+        (["--quantization", "int8"], "found no prompt"),
+        (["--quantization", "int8", "--prompt", "a", "--gate", "psnr"], "--gate has 'psnr'"),
+        (["--quantization", "int8", "--prompt", "a", "--output-json", "no/r.json"], "its folder does not exist"),
+        (["--quantization", "int8", "--prompt", "a", "--device", "cuda:9"], "device 'cuda:9' was asked for"),
+    ],
+)
+def test_wrong_usage(args: list[str], says: str, tmp_path: Path) -> None:
+    write_qwen_image(tmp_path / "model")
+    result = run("--reference", tmp_path / "model", "--task", "t2i", *args)
+    assert result.exit_code in (1, 2)
+    assert says in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,105 @@
+"""Videos and language models, compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import omni_convert
+from omni_convert import OmniConvertError, UsageError
+from omni_convert.quality.compare import Comparison
+from omni_convert.quality.similarity import METRICS
+
+PROMPTS = ["a red bicycle", "a lighthouse in the storm"]
+
+
+def compare_text(folder: Path, **options: Any) -> Comparison:
+    choices: dict[str, Any] = {"prompt": PROMPTS, "quantization": "mxfp4", "target": "omni-convert", **options}
+    return omni_convert.compare(folder, task="text", **choices)
+
+
+def test_video(wan: Path, tmp_path: Path) -> None:
+    size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 3}
+    result = omni_convert.compare(wan, quantization="int8", task="t2v", prompt="a red bicycle", **size)
+    (pair,) = result.pairs
+    assert pair.reference.output.shape == (5, 32, 48, 3)
+    assert len(pair.frames) == 5 and len(pair.drift) == 3
+    mse = [
+        ((a - b.astype(float)) ** 2).mean() for a, b in zip(pair.reference.output, pair.candidate.output, strict=True)
+    ]
+    assert [frame["mse"] for frame in pair.frames] == pytest.approx(mse)
+    assert result.metrics["psnr_db"] == pytest.approx(10 * math.log10(255**2 / np.mean(mse)))
+    assert [frame["max_abs"] for frame in result.to_dict()["prompts"][0]["frames"]] == [
+        f["max_abs"] for f in pair.frames
+    ]
+    names = [path.name for path in result.save_outputs(tmp_path)]
+    assert names == [f"prompt_1_frame_{n:04}.png" for n in range(5)] * 2
+
+
+def test_logits_are_those_of_the_library(language_model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = compare_text(language_model)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    model = AutoModelForCausalLM.from_pretrained(language_model, dtype=torch.bfloat16).eval()
+    other = omni_convert.load(language_model, quantization="mxfp4", target="omni-convert")
+    agreed, divergences = [], []
+    for pair in result.pairs:
+        batch = tokenizer(pair.prompt, return_tensors="pt")
+        with torch.inference_mode():
+            logits = [m(**batch).logits[0].float() for m in (model, other)]
+        assert np.array_equal(pair.reference.output, logits[0].numpy())
+        assert np.array_equal(pair.candidate.output, logits[1].numpy())
+        agreed.append((logits[0].argmax(1) == logits[1].argmax(1)).double().mean())
+        p, q = (torch.distributions.Categorical(logits=values.double()) for values in logits)
+        divergences.append(torch.distributions.kl_divergence(p, q).mean())
+    assert result.metrics["top1_agreement"] == pytest.approx(float(np.mean(agreed)))
+    assert result.metrics["kl_divergence"] == pytest.approx(float(np.mean(divergences)))
+    assert result.metrics["kl_divergence"] > 0
+    assert result.metrics.keys() == METRICS.keys() - {"psnr_db"} | {"top1_agreement", "kl_divergence"}
+    assert not result.pairs[0].drift
+    assert np.array_equal(np.load(result.save_outputs(tmp_path)[0]), result.pairs[0].reference.output)
+
+
+def test_hidden_states_of_an_encoder(minilm: Path) -> None:
+    result = compare_text(minilm, quantization="int8", gate="cosine_similarity>=0.99,relative_l2<=0.1")
+    assert result.pairs[0].reference.kind == "hidden states"
+    assert result.pairs[0].reference.output.shape[1] == 384
+    assert result.ok and result.metrics["mae"] > 0
+    assert "top1_agreement" not in result.metrics
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gate": "smoke"}, "the gate has psnr_db>=20, expected no metric of pixels"),
+        ({"gate": "ssim>=0.9"}, "expected no metric of pixels"),
+        ({"height": 64, "cfg_scale": 4.0}, "--height, --cfg-scale was given with --task text"),
+    ],
+)
+def test_what_text_does_not_have(options: dict[str, Any], message: str, language_model: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare_text(language_model, **options)
+
+
+def test_models_of_other_kinds_are_refused(language_model: Path, wan: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"has no model_index.json.*or --task text"):
+        omni_convert.compare(language_model, quantization="int8", task="t2i", prompt="a")
+    with pytest.raises(UsageError, match="is not the folder of one Transformers model"):
+        omni_convert.compare(wan, quantization="int8", task="text", prompt="a")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((language_model / name).read_bytes())
+    with pytest.raises(OmniConvertError, match="bare: its tokenizer makes no token of 'a red bicycle'"):
+        compare_text(bare)
+
+
+def test_different_models_are_named(language_model: Path, minilm: Path) -> None:
+    with pytest.raises(OmniConvertError, match=r"answered with logits of shape .* hidden states of shape"):
+        omni_convert.compare(language_model, minilm, task="text", prompt="a")

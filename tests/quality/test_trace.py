@@ -1,0 +1,102 @@
+"""Tracing layers: each one's own output error on real activations, whatever came before it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loaded import layers_of
+from models import load_bf16
+from safetensors.torch import save_file
+
+import omni_convert
+from omni_convert import OmniConvertError
+
+SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
+BROKEN = "transformer_blocks.0.img_mlp.net.2"
+
+
+def trace(reference: Path, candidate: Path) -> Any:
+    return omni_convert.compare(
+        reference, candidate, task="t2i", prompt="a cup of coffee", trace_layers=True, **SIZE
+    ).to_dict()["trace"]
+
+
+@pytest.fixture
+def converted(qwen_image: Path, tmp_path: Path) -> Path:
+    omni_convert.convert(qwen_image, tmp_path / "out", method="int8")
+    return tmp_path / "out"
+
+
+def test_finds_the_layer_that_is_broken(qwen_image: Path, converted: Path) -> None:
+    """It is in the first block: all that follows sees its error, and yet is not blamed."""
+    before = trace(qwen_image, converted)
+    path = next(path for path in (converted / "transformer").glob("*.safetensors") if has(path, BROKEN))
+    tensors = tensors_of(path)
+    tensors[f"{BROKEN}.weight_scale"] *= 1.5
+    save_file(tensors, path)
+    after = trace(qwen_image, converted)
+    assert after[0]["layer"] == f"transformer.{BROKEN}"
+    assert after[0]["relative_l2"] == pytest.approx(0.5, abs=0.02)
+    rest = [{entry["layer"]: entry for entry in found if BROKEN not in entry["layer"]} for found in (before, after)]
+    assert rest[0] == rest[1]
+
+
+def has(path: Path, layer: str) -> bool:
+    return f"{layer}.weight" in tensors_of(path)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_errors_are_those_of_single_layers(qwen_image: Path, converted: Path) -> None:
+    """Against inputs and outputs of the library's own model, recorded and put through the layer afterwards."""
+    layers = layers_of(omni_convert.load(converted).transformer)
+    pipe = load_bf16(qwen_image)
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    pipe.transformer.get_submodule(BROKEN).register_forward_hook(
+        lambda _, x, y: calls.append((x[0].clone(), y.clone()))
+    )
+    pipe("a cup of coffee", generator=torch.Generator().manual_seed(42), **SIZE)
+    with torch.inference_mode():
+        noise = sum(float((layers[BROKEN](x).double() - y.double()).square().sum()) for x, y in calls)
+    signal = sum(float(y.double().square().sum()) for _, y in calls)
+    traced = {entry["layer"]: entry for entry in trace(qwen_image, converted)}
+    assert traced.keys() == {f"transformer.{name}" for name in layers}
+    found = traced[f"transformer.{BROKEN}"]
+    assert (found["calls"], found["format"]) == (len(calls), "int8")
+    assert found["relative_l2"] == pytest.approx(math.sqrt(noise / signal), rel=1e-4)
+    assert found["sqnr_db"] == pytest.approx(10 * math.log10(signal / noise), rel=1e-4)
+
+
+def test_worst_first_and_in_the_text(qwen_image: Path, converted: Path) -> None:
+    result = omni_convert.compare(
+        qwen_image, converted, task="t2i", prompt="a", trace_layers=True, gate="smoke", **SIZE
+    )
+    assert result.trace is not None
+    errors = [layer.relative_l2 for layer in result.trace]
+    assert errors == sorted(errors, reverse=True)
+    assert f"{result.trace[0].layer} " in result.to_text()
+    assert "and 26 layers that lose less" in result.to_text()
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_another_model_is_named(z_image: Path, converted: Path) -> None:
+    with pytest.raises(OmniConvertError, match=r"quantized layer transformer\.\S+, but the reference has no module"):
+        trace(z_image, converted)
+
+
+def test_a_language_model(language_model: Path) -> None:
+    result = omni_convert.compare(
+        language_model, quantization="fp8", target="omni-convert", task="text", prompt="a", trace_layers=True
+    )
+    assert result.trace is not None
+    assert len({layer.layer for layer in result.trace}) == len(result.trace) == 14
+    assert all(layer.calls == 1 and 0.01 < layer.relative_l2 < 0.1 for layer in result.trace)
