@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -80,34 +80,39 @@ def _compare_tensor(
 
 
 def _compare_layer(
-    layer: str, tensor: StoredTensor, shard: Header, parts: dict[str, tuple[StoredTensor, Header]], fmt: Format
+    layer: str, tensor: StoredTensor, shard: Header, parts: Mapping[str, tuple[StoredTensor, Header]], fmt: Format
 ) -> LayerComparison:
-    rows = tensor.spec.shape[0]
-    together = fmt.rows_per_scale
-    step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes // together) * together
-    whole = {
-        suffix: _rows(part, header, slice(0, part.spec.shape[0]), OUTPUT_DTYPE[part.spec.dtype])
-        for suffix, (part, header) in parts.items()
-        if suffix in fmt.whole_suffixes
-    }
-    values = np.empty((min(step, rows), *tensor.spec.shape[1:]), np.float32)
     signal = noise = largest = 0.0
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        rows_here, scales = slice(start, stop), row_slice(fmt, start, stop)
-        weight = to_float32(_rows(tensor, shard, rows_here, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
-        ours = whole | {
-            suffix: _rows(part, header, rows_here if suffix == "weight" else scales, OUTPUT_DTYPE[part.spec.dtype])
-            for suffix, (part, header) in parts.items()
-            if suffix not in whole
-        }
-        error = fmt.dequantize_rows(ours, values[: stop - start])
-        error -= weight
+    for _, weight, error, ours in compared_rows(tensor, shard, parts, fmt):
         largest = float(np.maximum(largest, np.max(_share(np.abs(error), fmt.tolerance(ours)))))  # NaN stays NaN
         signal += float(np.sum(np.square(weight, dtype=np.float64)))
         noise += float(np.sum(np.square(error, dtype=np.float64)))
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     return LayerComparison(layer=layer, sqnr_db=sqnr, max_error=largest)
+
+
+def compared_rows(
+    tensor: StoredTensor, shard: Header, parts: Mapping[str, tuple[StoredTensor, Header]], fmt: Format
+) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32], dict[str, NDArray[Any]]]]:
+    """A quantized weight beside its source, some rows at a time: the first row, the weight, the dequantized error
+    (valid until the next), and the stored tensors. ``parts``: by suffix."""
+    rows = tensor.spec.shape[0]
+    together = fmt.rows_per_scale
+    step = max(1, PIECE_BYTES * rows // tensor.spec.nbytes // together) * together
+    whole = {suffix: stored_rows(*parts[suffix]) for suffix in fmt.whole_suffixes if suffix in parts}
+    values = np.empty((min(step, rows), *tensor.spec.shape[1:]), np.float32)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        rows_here, scales = slice(start, stop), row_slice(fmt, start, stop)
+        weight = source_rows(tensor, shard, rows_here)
+        ours = whole | {
+            suffix: stored_rows(part, header, rows_here if suffix == "weight" else scales)
+            for suffix, (part, header) in parts.items()
+            if suffix not in whole
+        }
+        error = fmt.dequantize_rows(ours, values[: stop - start])
+        error -= weight
+        yield start, weight, error, ours
 
 
 def _share(error: NDArray[np.float32], tolerance: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -116,6 +121,16 @@ def _share(error: NDArray[np.float32], tolerance: NDArray[np.float32]) -> NDArra
     with np.errstate(divide="ignore", over="ignore"):
         share: NDArray[np.float32] = np.divide(error, bound, out=np.zeros_like(error), where=error != 0)
     return share
+
+
+def source_rows(tensor: StoredTensor, shard: Header, rows: slice) -> NDArray[np.float32]:
+    """The values of some rows of a source's weight."""
+    return to_float32(_rows(tensor, shard, rows, NUMPY_DTYPE[tensor.spec.dtype]), tensor.spec.dtype)
+
+
+def stored_rows(tensor: StoredTensor, shard: Header, rows: slice | None = None) -> NDArray[Any]:
+    """Some rows, or all, of a tensor that a format writes."""
+    return _rows(tensor, shard, rows or slice(0, tensor.spec.shape[0]), OUTPUT_DTYPE[tensor.spec.dtype])
 
 
 def _rows(tensor: StoredTensor, shard: Header, rows: slice, dtype: np.dtype[Any]) -> NDArray[Any]:

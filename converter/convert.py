@@ -21,6 +21,7 @@ from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.progress import progress_bar
 from omni_convert.converter.recipe import Choices, make_recipe
+from omni_convert.converter.statistics import LayerStatistics
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError, SourceError, UsageError
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME
@@ -41,7 +42,8 @@ class Report:
     """What a conversion did. Bytes are tensor bytes of the quantized components; ``sqnr_db`` is per layer.
     ``shared_scale_db``: about what sharing scales costs the ``shared_scale_layers``, on average; None without any.
 
-    ``warnings``: what may keep the target from loading the result.
+    ``warnings``: what may keep the target from loading the result. ``statistics``: by component and layer, if they were
+    asked for.
     """
 
     out: Path
@@ -60,6 +62,7 @@ class Report:
     shared_scale_db: float | None
     left_out: dict[str, str]
     warnings: tuple[str, ...]
+    statistics: Mapping[tuple[str, str], LayerStatistics]
 
     @property
     def mean_sqnr_db(self) -> float:
@@ -75,7 +78,7 @@ class Report:
             return round(value, 3) if math.isfinite(value) else None  # JSON has no infinity
 
         worst = [{"layer": layer, "sqnr_db": number(value)} for layer, value in self.worst()]
-        figures = {key: value for key, value in vars(self).items() if key not in {"out", "sqnr_db"}}
+        figures = {key: value for key, value in vars(self).items() if key not in {"out", "sqnr_db", "statistics"}}
         return {"out": str(self.out), **figures, "mean_sqnr_db": number(self.mean_sqnr_db), "worst_layers": worst}
 
 
@@ -101,6 +104,7 @@ def convert(
     resume: bool = False,
     hash_source: bool = False,
     engine: str = "local",
+    statistics: bool = False,
     progress: bool = False,
     methods: Sequence[str] = (),
     auto_ignore: str | None = None,
@@ -126,6 +130,7 @@ def convert(
         hash_source: record the sha256 of every source file.
         engine: who does the work: ``local``, this process, or ``ray``, the Ray cluster that RAY_ADDRESS names or that
             runs on this machine.
+        statistics: gather what ``report`` tells of every layer, while its weights pass by.
         progress: show a progress bar on stderr (if it is a terminal).
         auto_ignore: keep layers, or give them another of ``methods``, such that this holds of the others:
             ``sqnr>=30`` (dB). The source is then read twice: to choose (on processors alone), and to convert.
@@ -148,7 +153,7 @@ def convert(
     started = time.perf_counter()
     means = Means(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
-        hash_source=hash_source, engine=engine,
+        hash_source=hash_source, engine=engine, statistics=statistics,
     )  # fmt: skip
     if methods or auto_ignore is not None or budget is not None:
         from omni_convert.converter.analyze import choose
@@ -178,6 +183,7 @@ class Means:
     engine: str = ENGINES[0]
     scratch: Path | None = None
     """Where downloads are kept until their output is whole; None for the Hub cache, which keeps them for good."""
+    statistics: bool = False
 
     def __post_init__(self) -> None:
         check_name(self.device)
@@ -196,6 +202,7 @@ class Means:
             device=self.device,
             link=self.link,
             durable=self.durable,
+            statistics=self.statistics,
         )
         return fit(plan, settings, DEFAULT_MEMORY if self.memory is None else self.memory)
 
@@ -368,4 +375,5 @@ def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
         shared_scale_db=sum(costs) / len(costs) if costs else None,
         left_out=dict(plan.checkpoint.left_out),
         warnings=plan.warnings,
+        statistics={place: error.statistics for place, error in errors.items() if error.statistics},
     )

@@ -22,6 +22,7 @@ from omni_convert.converter.output import OutputFile
 from omni_convert.converter.parts import Part, whole_file
 from omni_convert.converter.pieces import copy_pieces, shard_pieces, smallest_piece
 from omni_convert.converter.plan import Plan
+from omni_convert.converter.statistics import sample_bytes
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 Record: TypeAlias = Callable[[str, FileRecord], None]
@@ -35,7 +36,8 @@ class Settings:
     """How a plan is carried out; the bytes depend on none of it.
 
     ``piece_bytes``: of the source, that a thread holds at once. ``device``: what quantizes, as ``device.workers`` takes
-    it. ``link``: hard-link files that arrive unchanged. ``durable``: wait for the disk.
+    it. ``link``: hard-link files that arrive unchanged. ``durable``: wait for the disk. ``statistics``: gather those of
+    every layer, for a report.
     """
 
     threads: int
@@ -43,6 +45,7 @@ class Settings:
     device: str = CPU
     link: bool = False
     durable: bool = False
+    statistics: bool = False
 
 
 def execute(
@@ -99,6 +102,7 @@ def file_writer(plan: Plan, part: Part, groups: Groups, settings: Settings) -> F
         groups,
         component=component,
         header=shard.header if part.is_first else None,
+        statistics=settings.statistics,
     )
 
 
@@ -158,7 +162,10 @@ def memory_bytes(plan: Plan, settings: Settings) -> int:
     tensors = list(plan.tensors())
     piece = max([settings.piece_bytes, *map(smallest_piece, tensors)])
     rows = max((tensor.source.spec.shape[0] for tensor in tensors if tensor.decision.format), default=0)
-    return settings.threads * 3 * piece + (settings.threads + 1) * BYTES_PER_ROW * rows
+    sums = BYTES_PER_ROW * rows
+    if settings.statistics:
+        sums += max((sample_bytes(tensor.source.spec.shape) for tensor in tensors if tensor.decision.format), default=0)
+    return settings.threads * 3 * piece + (settings.threads + 1) * sums
 
 
 def on_device(plan: Plan, settings: Settings) -> Settings:

@@ -15,6 +15,7 @@ from omni_convert.converter.jobs import Job, Worker
 from omni_convert.converter.layer_error import LayerError, LayerErrors, Rows
 from omni_convert.converter.pieces import Piece, Slice
 from omni_convert.converter.source import SourceFile
+from omni_convert.converter.statistics import take_sample
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.bits import OUTPUT_DTYPE
 
@@ -49,13 +50,16 @@ class FileWriter:
         *,
         component: str = "",
         header: bytes | None = None,
+        statistics: bool = False,
     ) -> None:
-        """``component``: whose weights these are. ``header``: the first bytes of the output."""
+        """``component``: whose weights these are. ``header``: the first bytes of the output. ``statistics``: whether to
+        gather those of every layer."""
         self.source = source
         self.pieces = pieces
         self.groups = groups
         self.component = component
         self.header = header
+        self.statistics = statistics
         self.errors = LayerErrors()
 
     @property
@@ -94,7 +98,7 @@ class FileWriter:
                     return  # another job failed, and says why
             facts = Facts(amax=amax, input_scale=item.tensor.input_scale)
             power = self._quantize(item, item.tensor.decision.format, part, out, facts, worker)
-            self.errors.add(Rows(item.tensor, item.start, power, found))
+            self.errors.add(Rows(item.tensor, item.start, power, found, self._sample(item, part)))
         for span in piece.spans:
             file.write(span.offset, out[span.at : span.at + span.size].data)
 
@@ -116,6 +120,13 @@ class FileWriter:
             if group and group in local:
                 largest[group] = max(largest.get(group, 0.0), float(maxima.max()))
         return found, largest
+
+    def _sample(self, item: Slice, data: memoryview) -> NDArray[np.float32] | None:
+        """The values of those rows that are in the sample of their layer."""
+        if not self.statistics:
+            return None
+        spec = item.tensor.source.spec
+        return take_sample(rows_of(item, data), spec.dtype, item.start, spec.shape)
 
     def _quantize(
         self, item: Slice, fmt: Format, data: memoryview, out: NDArray[np.uint8], facts: Facts, worker: Worker

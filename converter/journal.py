@@ -10,13 +10,14 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.layer_error import LayerError
+from omni_convert.converter.statistics import LayerStatistics
 from omni_convert.formats.errors import OmniConvertError, printable
 
 
@@ -48,7 +49,7 @@ class Journal:
 
     def add(self, name: str, record: FileRecord) -> None:
         """A file has its name."""
-        errors = {layer: [error.signal, error.noise, error.own_noise] for layer, error in record.errors.items()}
+        errors = {layer: _sums(error) for layer, error in record.errors.items()}
         entry = {"sha256": record.sha256, "size": record.size, "errors": errors, "largest": record.largest}
         self._write({"file": name, **entry})
 
@@ -95,6 +96,18 @@ def _record(entry: Mapping[str, Any]) -> FileRecord:
     )
 
 
-def _error(signal: float, noise: float, own_noise: float | None) -> LayerError:
-    own = None if own_noise is None else float(own_noise)
-    return LayerError(signal=float(signal), noise=float(noise), own_noise=own)
+def _sums(error: LayerError) -> list[Any]:
+    """What ``_error`` takes."""
+    sums: list[Any] = [error.signal, error.noise, error.own_noise]
+    return [*sums, asdict(error.statistics)] if error.statistics else sums
+
+
+def _error(
+    signal: float, noise: float, own_noise: float | None, statistics: Mapping[str, Any] | None = None
+) -> LayerError:
+    return LayerError(
+        signal=float(signal),
+        noise=float(noise),
+        own_noise=None if own_noise is None else float(own_noise),
+        statistics=LayerStatistics.parse(statistics) if statistics else None,
+    )

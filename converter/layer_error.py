@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omni_convert.converter.plan import TensorPlan
+from omni_convert.converter.statistics import LayerStatistics, layer_statistics, sample_rows, sample_step
 
 BYTES_PER_ROW = 8 + 8 + 4
 """Sum of squares of the weight, of its error, and the largest magnitude."""
@@ -21,12 +22,14 @@ BYTES_PER_ROW = 8 + 8 + 4
 class LayerError:
     """Sums of squares of a weight and of its quantization error.
 
-    ``own_noise``: about the error that it would have with scales of its own; None if it has them.
+    ``own_noise``: about the error that it would have with scales of its own; None if it has them. ``statistics``: if
+    they were asked for.
     """
 
     signal: float
     noise: float
     own_noise: float | None = None
+    statistics: LayerStatistics | None = None
 
     @property
     def sqnr_db(self) -> float:
@@ -42,22 +45,25 @@ class LayerError:
 
 
 class Rows(NamedTuple):
-    """Of some rows of a layer, from ``start``: sums of squares of the weight and of its error (n, 2), and the largest
-    magnitudes (n,) if its format asks for them."""
+    """Of some rows of a layer, from ``start``: sums of squares of the weight and of its error (n, 2), the largest
+    magnitudes (n,) if its format asks for them, and the values of those in the sample, if statistics are asked for."""
 
     tensor: TensorPlan
     start: int
     power: NDArray[np.float64]
     maxima: NDArray[np.float32] | None
+    sample: NDArray[np.float32] | None = None
 
 
 class _Gathered:
     """The rows of one layer so far."""
 
     def __init__(self, rows: Rows) -> None:
-        count = rows.tensor.source.spec.shape[0]
+        shape = rows.tensor.source.spec.shape
+        count = shape[0]
         self._power = np.empty((count, 2))
         self._maxima = None if rows.maxima is None else np.empty(count, np.float32)
+        self._sample = None if rows.sample is None else np.empty((len(sample_rows(shape)), shape[1]), np.float32)
         self._tensor, self._first, self.left = rows.tensor, rows.start, count
 
     def add(self, rows: Rows) -> None:
@@ -65,6 +71,8 @@ class _Gathered:
         self._power[place] = rows.power
         if self._maxima is not None and rows.maxima is not None:
             self._maxima[place] = rows.maxima
+        if self._sample is not None and rows.sample is not None:
+            self._sample[self._sampled(place)] = rows.sample
         self._first = min(self._first, rows.start)
         self.left -= len(rows.power)
 
@@ -72,7 +80,13 @@ class _Gathered:
         """Those that are there; they follow each other."""
         place = slice(self._first, self._first + len(self._power) - self.left)
         maxima = None if self._maxima is None else self._maxima[place]
-        return Rows(self._tensor, self._first, self._power[place], maxima)
+        sample = None if self._sample is None else self._sample[self._sampled(place)]
+        return Rows(self._tensor, self._first, self._power[place], maxima, sample)
+
+    def _sampled(self, rows: slice) -> slice:
+        """Where the sample holds what it has of some rows."""
+        step = sample_step(self._tensor.source.spec.shape)
+        return slice(-(-rows.start // step), -(-rows.stop // step))
 
 
 class LayerErrors:
@@ -109,4 +123,5 @@ def _layer_error(rows: Rows) -> LayerError:
     assert fmt is not None
     signal, noise = rows.power.sum(axis=0).tolist()
     own = None if rows.maxima is None else fmt.own_noise(rows.maxima, rows.tensor.source.spec.shape[1])
-    return LayerError(signal=signal, noise=noise, own_noise=own)
+    statistics = None if rows.sample is None else layer_statistics(rows.power, rows.sample)
+    return LayerError(signal=signal, noise=noise, own_noise=own, statistics=statistics)

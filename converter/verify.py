@@ -104,7 +104,7 @@ def verify(
         result.checks += _check_component(components[name], recipe, formats[name], entry["tensors"], _title(name))
     if source is not None:
         original = Path(os.path.abspath(source))
-        result.checks.append(_check_source(original, manifest["source"]))
+        result.checks.append(check_source(original, manifest["source"]))
         if result.ok:
             for name, component in components.items():
                 _compare(result, original, component, formats[name], name)
@@ -230,7 +230,7 @@ def _index_problems(component: Component) -> list[str]:
     return problems
 
 
-def _check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
+def check_source(root: Path, recorded: Mapping[str, Any]) -> Check:
     """Whether ``root`` is the source that the manifest names: sizes and headers of every weight file."""
     base = root.parent if root.is_file() else root
     if not base.is_dir():

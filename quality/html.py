@@ -59,6 +59,11 @@ def text(value: object) -> str:
     return html.escape(printable(str(value), 2000))
 
 
+def name(value: str) -> str:
+    """The dotted name of a layer, which may be broken after its dots."""
+    return text(value).replace(".", ".<wbr>")
+
+
 def header(title: str, *lines: str) -> str:
     """The head of a page; ``lines``: plain text below the title."""
     return f"<header><h1>{text(title)}</h1>{''.join(f'<p>{text(line)}</p>' for line in lines)}</header>"
@@ -75,7 +80,7 @@ def paragraph(*sentences: str) -> str:
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
     """Figures with their names, as tiles."""
-    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in rows)
+    tiles = "".join(f"<div><dt>{text(title)}</dt><dd>{text(value)}</dd></div>" for title, value in rows)
     return f'<dl class="facts">{tiles}</dl>'
 
 
@@ -84,17 +89,17 @@ def copyable(command: str) -> str:
     return f'<div class="copy"><code>{text(command)}</code><button type="button">Copy</button></div>'
 
 
-def table(name: str, columns: Sequence[Column], rows: Iterable[Sequence[str | float | None]], *, hint: str = "") -> str:
+def table(key: str, columns: Sequence[Column], rows: Iterable[Sequence[str | float | None]], *, hint: str = "") -> str:
     """A table that can be sorted by every column and filtered by words; light also with thousands of rows.
 
-    ``name``: of its element. ``rows``: numbers where the column has ``digits``; None is a dash, and sorts last.
+    ``key``: of its element. ``rows``: numbers where the column has ``digits``; None is a dash, and sorts last.
     ``hint``: in the empty field of the filter.
     """
     content = data(
         {"columns": [asdict(column) for column in columns], "rows": [[_cell(value) for value in row] for row in rows]}
     )
     return (
-        f'<div class="table" id="{text(name)}">'
+        f'<div class="table" id="{text(key)}">'
         f'<div class="filter"><input type="search" placeholder="{text(hint or "Filter")}" aria-label="Filter rows">'
         '<output></output></div><div class="scroll"><table><thead></thead><tbody></tbody></table></div>'
         f'<button type="button" class="more" hidden>Show all</button>{content}'

@@ -63,19 +63,26 @@ class Layer:
 class Conversion:
     """A finished output folder.
 
-    ``classes``: component -> model class. ``layers``: every weight of the quantized components with at least two
-    dimensions, in the order of their names. ``other_bytes``, ``others``: biases, norms and what else they hold.
+    ``source``: what the manifest says of the model that was converted. ``classes``: component -> model class.
+    ``formats``: component -> layer -> format, of what is quantized. ``layers``: every weight of the components
+    with at least two dimensions, in the order of their names. ``others``, ``other_bytes``, ``other_weights``: biases,
+    norms and what else they hold.
     """
 
     path: Path
     version: str
-    source: str
+    source: Mapping[str, Any]
     recipe: Recipe
     classes: Mapping[str, str]
+    formats: Mapping[str, Mapping[str, Format]]
     layers: tuple[Layer, ...]
     others: int
     other_bytes: int
     other_weights: int
+
+    def label(self, layer: Layer) -> str:
+        """The name of a layer, with its component's where there are several."""
+        return layer.full_name if len(self.classes) > 1 else layer.name
 
     @property
     def quantized(self) -> tuple[Layer, ...]:
@@ -117,24 +124,26 @@ def read_conversion(out: str | os.PathLike[str]) -> Conversion:
     layers: list[Layer] = []
     others: list[TensorSpec] = []
     classes: dict[str, str] = {}
+    formats: dict[str, dict[str, Format]] = {}
     for name, entry in manifest["components"].items():
         component = open_component(root, name)
         classes[name] = component.class_name
         view = View(component, recipe, pipeline)
         decisions = entry["tensors"]
-        formats = layer_formats(recipe, name, decisions)
-        tensors = dict(_source_tensors(component, decisions, formats))
+        formats[name] = layer_formats(recipe, name, decisions)
+        tensors = dict(_source_tensors(component, decisions))
         weights = {tensor: spec for tensor, spec in tensors.items() if is_weight(tensor, spec)}
         others += [spec for tensor, spec in tensors.items() if tensor not in weights]
         places = block_kinds([tensor.removesuffix(".weight") for tensor in weights])
         for tensor in sorted(weights, key=natural_key):
-            layers.append(_layer(view, tensor, weights[tensor], decisions[tensor], formats, places))
+            layers.append(_layer(view, tensor, weights[tensor], decisions[tensor], formats[name], places))
     return Conversion(
         path=root,
         version=str(manifest["omni_convert"]),
-        source=str(manifest["source"].get("name", "")),
+        source=manifest["source"],
         recipe=recipe,
         classes=classes,
+        formats=formats,
         layers=tuple(layers),
         others=len(others),
         other_bytes=sum(spec.nbytes for spec in others),
@@ -163,7 +172,7 @@ def block_kinds(layers: Sequence[str]) -> dict[str, tuple[str, int | None]]:
 
 
 def _source_tensors(
-    component: Component, decisions: Mapping[str, Mapping[str, Any]], formats: Mapping[str, Format]
+    component: Component, decisions: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, TensorSpec]]:
     """Dtype and shape in the source of every tensor that the manifest tells of."""
     stored = {name: tensor.spec for name, tensor, _ in component.tensors()}
@@ -173,7 +182,7 @@ def _source_tensors(
                 f"{component.folder}: lacks {printable(name)}, which the manifest names. Check it with: omni-convert "
                 "verify."
             )
-        quantized = name.removesuffix(".weight") in formats and entry["action"] != "keep"
+        quantized = entry["action"] != "keep"
         dtype = entry.get("dtype") if quantized else stored[name].dtype
         if quantized and dtype not in FLOAT_DTYPES:
             raise OmniConvertError(
@@ -193,7 +202,7 @@ def _layer(
 ) -> Layer:
     name = tensor.removesuffix(".weight")
     kind, block = places[name]
-    fmt = formats.get(name) if entry["action"] != "keep" else None
+    fmt = formats.get(name)
     after = fmt.tensors(spec.shape).values() if fmt else [spec]
     return Layer(
         component=view.component.name,

@@ -3,9 +3,11 @@
 // Tables: rows are data until they are shown, a few hundred at a time.
 const AT_ONCE = 200;
 
-function cellText(value, column) {
-  if (value === null) return "–";
-  return column.digits === null ? value : value.toFixed(column.digits);
+function cellNodes(value, column) {
+  if (value === null) return ["–"];
+  if (column.digits !== null) return [value.toFixed(column.digits)];
+  // Names may be broken after their dots.
+  return value.split(/(?<=\.)(?=\w)/).flatMap((part) => [part, document.createElement("wbr")]);
 }
 
 function compare(left, right) {
@@ -33,7 +35,7 @@ function startTable(box) {
         const line = document.createElement("tr");
         rows[place].forEach((value, index) => {
           const cell = line.insertCell();
-          cell.textContent = cellText(value, columns[index]);
+          cell.append(...cellNodes(value, columns[index]));
           cell.className = classes(columns[index]);
         });
         return line;

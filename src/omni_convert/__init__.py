@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from omni_convert.converter.verify import verify
     from omni_convert.formats.quant_config import Spec, build_quant_config
     from omni_convert.hub.push import push
+    from omni_convert.quality.report import report
     from omni_convert.runtime.describe import Description
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "plan",
     "push",
     "quantize_",
+    "report",
     "verify",
 ]
 
@@ -61,6 +63,7 @@ _LAZY = {
     "plan": "omni_convert.converter.convert",
     "push": "omni_convert.hub.push",
     "inspect": "omni_convert.converter.inspect",
+    "report": "omni_convert.quality.report",
     "verify": "omni_convert.converter.verify",
 }
 

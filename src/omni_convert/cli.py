@@ -17,6 +17,7 @@ from omni_convert.cli_compare import compare
 from omni_convert.cli_convert import convert
 from omni_convert.cli_hub import push
 from omni_convert.cli_look import inspect, models, verify
+from omni_convert.cli_quality import report
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
 _EPILOG = """\b
@@ -31,6 +32,7 @@ Examples:
   omni-convert models
   omni-convert inspect out/
   omni-convert verify out/ --source model/
+  omni-convert report out/ -o report.html
   omni-convert push out/ me/Qwen-Image-INT8
   omni-convert compare --reference model/ --candidate out/ --task t2i --prompt 'a cup of coffee' --gate smoke
 """
@@ -121,5 +123,5 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what is worth telling of the Hub, this program tells
 
 
-for _command in (convert, analyze, models, inspect, verify, compare, push):
+for _command in (convert, analyze, models, inspect, verify, report, compare, push):
     main.add_command(_command)

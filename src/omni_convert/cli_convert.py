@@ -13,9 +13,11 @@ import click
 
 from omni_convert.cli_analyze import auto_ignore_option, budget_option, split_methods
 from omni_convert.cli_output import json_option, note_local, print_result
+from omni_convert.cli_quality import check_place, write_page
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
+from omni_convert.formats.errors import UsageError
 from omni_convert.formats.int8 import FUSED_SCALES
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
@@ -144,6 +146,12 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 @click.option(
     "--device", default="cpu", metavar="DEVICE", help="Quantize on cuda, cuda:N, npu or npu:N; the bytes are the same."
 )
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write a page about every layer, measured while its weights pass by.",
+)
 @json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
@@ -151,7 +159,8 @@ def convert(
     fused_scale: str | None, layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool,
     no_default_ignore: bool, target: str | None, components: tuple[str, ...], auto_ignore: str | None,
     budget: str | None, methods: tuple[str, ...], dry_run: bool, link: bool, resume: bool, overwrite: bool,
-    durable: bool, hash_source: bool, engine: str, threads: int | None, memory: int | None, device: str, as_json: bool,
+    durable: bool, hash_source: bool, engine: str, threads: int | None, memory: int | None, device: str,
+    report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert MODEL, a folder, a file or org/name[@revision] on the Hub, into OUT."""
     from omni_convert.converter import show
@@ -159,6 +168,10 @@ def convert(
     from omni_convert.converter.recipe import Choices, read_input_scales, read_recipe
     from omni_convert.formats.quant_config import parse_block_size
 
+    if report:
+        if dry_run:
+            raise UsageError("--report tells what a conversion measured, --dry-run converts nothing. Give one of them.")
+        check_place(report, "--report")
     started = time.perf_counter()
     note_local(model)
     choices = Choices(
@@ -183,7 +196,7 @@ def convert(
         click.echo(f"Note: {label} has no better scales to search for; the result is that of --quality fast.", err=True)
     means = Means(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
-        hash_source=hash_source, engine=engine,
+        hash_source=hash_source, engine=engine, statistics=report is not None,
     )  # fmt: skip
     if dry_run:
         if obstacle := refusal(planned, out, means):
@@ -191,8 +204,12 @@ def convert(
         needed = (*needs(planned, means), device_need(planned, means))
         _print(chosen, show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
         return
-    report = run(planned, out, means, progress=True, started=started)
-    _print(chosen, report.to_dict() if as_json else show.report_text(report))
+    done = run(planned, out, means, progress=True, started=started)
+    if report:
+        from omni_convert.quality.report import report as layer_report
+
+        write_page(layer_report(out, run=done), report)
+    _print(chosen, done.to_dict() if as_json else show.report_text(done))
 
 
 def _choose(

@@ -1,0 +1,167 @@
+"""The page of the layer report in a real browser, and the commands that write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from browser import DESKTOP, PHONE, opened, overflow
+from click.testing import CliRunner
+
+import omni_convert
+from omni_convert.cli import main
+from omni_convert.quality.report import LayerReport, report
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+
+@pytest.fixture(scope="module")
+def found(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> LayerReport:
+    folder = tmp_path_factory.mktemp("page") / "out"
+    done = omni_convert.convert(minilm, folder, method="int8", target="omni-convert", statistics=True)
+    return report(folder, run=done)
+
+
+@pytest.fixture(scope="module")
+def path(found: LayerReport, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(found.to_html())
+    return path
+
+
+@pytest.fixture
+def page(browser: Browser, path: Path) -> Iterator[Page]:
+    with opened(browser, path, permissions=["clipboard-read", "clipboard-write"]) as page:
+        yield page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_page(browser: Browser, path: Path, found: LayerReport, scheme: str, viewport: dict[str, int]) -> None:
+    with opened(browser, path, scheme=scheme, viewport=viewport) as page:
+        assert overflow(page) == 0
+        assert page.locator("h2").all_inner_texts() == [
+            "SQNR of every layer", "The worst layers", "What keeping the worst layers costs", "All layers",
+        ]  # fmt: skip
+        figures = dict(zip(*(page.locator(part).all_inner_texts() for part in ("dt", "dd")), strict=True))
+        assert figures["method"] == "int8" and figures["bits per weight"] == f"{found.conversion.bits_per_weight:.2f}"
+        assert page.locator("tbody tr").count() == len(found.conversion.layers)
+        assert page.locator(".card").count() == len(found.details)
+
+
+def test_heat_map_tells_every_layer(page: Page, found: LayerReport) -> None:
+    cells = page.locator(".heat i[data-tip]")
+    assert cells.count() == len(found.conversion.layers)
+    assert page.locator(".heat i.kept").count() == len(found.conversion.layers) - len(found.conversion.quantized)
+    worst = found.details[0].layer
+    cell = page.locator(f'.heat i[data-tip^="{worst.name}\\a"]')
+    cell.hover()
+    assert page.locator(".tip").inner_text() == f"{worst.name}\n{worst.sqnr_db:.2f} dB, int8"
+    page.locator("h1").hover()
+    assert not page.locator(".tip").is_visible()
+
+
+def test_lower_layers_stand_out_more(browser: Browser, path: Path, found: LayerReport) -> None:
+    """Contrast with the paper grows as SQNR falls, in both themes."""
+    script = """() => {
+        const light = (css) => css.match(/[0-9]+/g).slice(0, 3).reduce((sum, part, i) =>
+            sum + [0.2126, 0.7152, 0.0722][i] * (part / 255) ** 2.2, 0);
+        const paper = light(getComputedStyle(document.documentElement).backgroundColor);
+        return [...document.querySelectorAll(".legend i:not(.kept)")].map((cell) =>
+            Math.abs(light(getComputedStyle(cell).backgroundColor) - paper));
+    }"""
+    for scheme in ("light", "dark"):
+        with opened(browser, path, scheme=scheme) as page:
+            contrast = page.evaluate(script)
+            assert len(contrast) >= 4 and contrast == sorted(contrast)
+
+
+def test_table(page: Page, found: LayerReport) -> None:
+    page.get_by_role("button", name="SQNR dB").click()
+    names = page.locator("tbody td:first-child").all_inner_texts()
+    assert names[: len(found.details)] == [item.layer.name for item in found.details]
+    page.get_by_role("searchbox").fill("output.dense int8")
+    shown = page.locator("tbody td:first-child").all_inner_texts()
+    assert shown and all("output.dense" in name for name in shown)
+    page.get_by_role("searchbox").fill("keep")
+    assert page.locator("tbody tr").count() == len(found.conversion.layers) - len(found.conversion.quantized)
+
+
+def test_copied_line_is_the_one_shown(page: Page, found: LayerReport) -> None:
+    card = page.locator(".card").nth(2)
+    card.get_by_role("button", name="Copy").first.click()
+    card.get_by_role("button", name="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()") == found.details[2].keep
+
+
+def test_paper(page: Page, tmp_path: Path) -> None:
+    page.emulate_media(media="print")
+    assert page.locator(".heat").first.is_visible() and not page.get_by_role("searchbox").is_visible()
+    assert page.pdf(path=tmp_path / "report.pdf", format="A4").startswith(b"%PDF")
+
+
+def test_a_model_of_ten_thousand_layers(browser: Browser, found: LayerReport, tmp_path: Path) -> None:
+    sample = found.conversion.quantized
+    layers = tuple(
+        replace(
+            sample[place % len(sample)],
+            name=f"model.layers.{place // 200}.mlp.experts.{place % 200}.down_proj",
+            kind="model.layers.*.mlp.experts.*.down_proj",
+            block=place // 200,
+        )
+        for place in range(10_000)
+    )
+    path = tmp_path / "large.html"
+    path.write_text(replace(found, conversion=replace(found.conversion, layers=layers)).to_html())
+    assert path.stat().st_size < 2_500_000
+    with opened(browser, path, viewport=PHONE) as page:
+        assert overflow(page) == 0
+        assert page.locator(".heat i[data-tip]").count() == 50
+        page.get_by_role("searchbox").fill("layers.49.mlp experts.199")
+        assert page.locator("tbody tr").count() == 1
+
+
+def test_conversion_writes_the_page(browser: Browser, qwen_image: Path, tmp_path: Path) -> None:
+    command = ["--method", "int8", "--ignore", "img_mlp", "--report", f"{tmp_path / 'r.html'}"]
+    result = CliRunner().invoke(main, [*command, str(qwen_image), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    with opened(browser, tmp_path / "r.html") as page:
+        assert "Measured during the conversion." in page.locator("main").inner_text()
+        assert page.locator('.heat i.kept[data-tip*="--ignore img_mlp"]').count() > 0
+        assert page.locator("dt", has_text="time").count() == 1
+
+
+def test_command(found: LayerReport, minilm: Path, tmp_path: Path) -> None:
+    out = str(found.conversion.path)
+    page, pictures = tmp_path / "report.html", tmp_path / "pictures"
+    command = ["report", out, "--source", str(minilm), "-o", str(page), "--pictures", str(pictures), "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["worst"][0]["keep"] == found.details[0].keep
+    assert len(data["layers"]) == len(found.conversion.layers)
+    assert page.read_text().startswith("<!doctype html>")
+    text = CliRunner().invoke(main, ["report", out]).stdout
+    assert found.details[0].keep in text and "need --source" in text
+
+
+@pytest.mark.parametrize("option", ["--report", "-o"])
+def test_places_that_cannot_be_written_are_refused_first(
+    option: str, found: LayerReport, minilm: Path, tmp_path: Path
+) -> None:
+    command = ["report", str(found.conversion.path)] if option == "-o" else [str(minilm), str(tmp_path / "out")]
+    for place, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "r.html", "found no folder")):
+        result = CliRunner().invoke(main, [*command, option, str(place)])
+        assert result.exit_code == 2 and said in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_has_no_report(minilm: Path, tmp_path: Path) -> None:
+    command = ["--method", "int8", "--dry-run", "--report", str(tmp_path / "r.html"), str(minilm), str(tmp_path / "o")]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 2 and "--dry-run converts nothing" in result.output
