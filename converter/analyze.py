@@ -7,15 +7,15 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.choice import Choice, make_choice
-from omni_convert.converter.choose import parse_conditions
+from omni_convert.converter.choice import Alternatives, Choice
+from omni_convert.converter.choose import Conditions, parse_conditions
 from omni_convert.converter.execute import DEFAULT_MEMORY, Settings, shrink
 from omni_convert.converter.files import processors
-from omni_convert.converter.hub_source import open_source
+from omni_convert.converter.hub_source import fetching, naming, open_source
 from omni_convert.converter.measure import Errors, measure, memory_bytes, weight_bytes
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
@@ -86,6 +86,17 @@ class Analysis:
         """A layer as reports name it."""
         return f"{component}.{layer}" if len(self.plans[0].components) > 1 else layer
 
+    @cached_property
+    def alternatives(self) -> Alternatives:
+        """What may be chosen from."""
+        return Alternatives(self.methods, self.plans, self.errors)
+
+    def curve(self, points: int = 20) -> list[Choice]:
+        """The best choices within shares of the source's bytes, evenly from the smallest possible up to 1."""
+        smallest = Fraction(self.alternatives.choose(Conditions()).bytes_after, self.plans[0].bytes_before)
+        shares = (smallest + (1 - smallest) * place / points for place in range(points))
+        return [self.alternatives.choose(Conditions(size=share)) for share in shares]
+
     def choose(self, *, auto_ignore: str | None = None, budget: str | None = None) -> Choice:
         """Which layers to keep, or, for a target that mixes methods, the method of every layer.
 
@@ -99,7 +110,9 @@ class Analysis:
         conditions = parse_conditions(auto_ignore, budget)
         if conditions is None:
             raise UsageError("found no condition, expected --auto-ignore, --budget or both.")
-        return make_choice(self.methods, self.plans, self.errors, conditions)
+        choice = self.alternatives.choose(conditions)
+        assert choice.plan  # what its recipe cannot say is said now
+        return choice
 
     def to_dict(self) -> dict[str, Any]:
         methods = {
@@ -160,14 +173,18 @@ def analyze(
         OmniConvertError: names what is wrong and what to do.
     """
     started = time.perf_counter()
-    found, refused = _plans(Path(source), methods, quantization, choices)
+    found, refused = _plans(source, methods, quantization, choices)
     plans = tuple(found.values())
     settings = _settings(plans, threads, memory)
-    total = weight_bytes(plans)
-    with progress_bar("analyze", total, show=progress) as advance:
+    checkpoint = plans[0].checkpoint
+    with (
+        naming(checkpoint),
+        fetching(checkpoint, list(plans[0].shards), show=progress),
+        progress_bar("analyze", weight_bytes(plans), show=progress) as advance,
+    ):
         errors = measure(plans, settings, advance)
     return Analysis(
-        name=plans[0].checkpoint.root.name,
+        name=checkpoint.root.name,
         methods=tuple(found),
         plans=plans,
         errors=tuple(errors),
@@ -220,7 +237,7 @@ def _settings(plans: Sequence[Plan], threads: int | None, memory: int | None) ->
 
 
 def _plans(
-    source: Path, methods: Sequence[str], quantization: Spec, choices: Choices
+    source: str | os.PathLike[str], methods: Sequence[str], quantization: Spec, choices: Choices
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """The plan of every method, and why others have none."""
     if isinstance(methods, str):
@@ -238,7 +255,8 @@ def _plans(
     for recipe in recipes:
         label = " + ".join(map(method_text, recipe.formats))
         try:
-            plans[label] = make_plan(checkpoint, recipe)
+            with naming(checkpoint):
+                plans[label] = make_plan(checkpoint, recipe)
         except OmniConvertError as error:
             if is_given:
                 raise

@@ -6,7 +6,8 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from functools import cached_property
+from typing import NamedTuple
 
 from omni_convert.converter.choice_recipe import Formats, UnitName, chosen_plan
 from omni_convert.converter.choose import Conditions, Option, SizeError, Unit, choose, total_error, total_size
@@ -20,10 +21,11 @@ KEEP = -1
 
 
 class ChosenUnit(NamedTuple):
-    """``options``: by number of the plan. ``number``: the one that was chosen, or ``KEEP``."""
+    """``formats``: what its layers become. ``options``: by number of the plan. ``number``: the one that was chosen, or
+    ``KEEP``."""
 
     name: UnitName
-    layers: Sequence[str]
+    formats: Formats
     weights: int
     options: Mapping[int, Option]
     number: int
@@ -35,24 +37,43 @@ class ChosenUnit(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """``plan``: of the conversion, with the recipe that says what was chosen. ``usual``: the number of the measured
-    plan from which ``units`` deviate. ``error``: mean relative squared error of the weights that might be quantized.
-    """
+    """What becomes of every unit. ``base``: the plan of the usual method, from which ``units`` deviate, and ``usual``
+    its number among ``methods``."""
 
     conditions: Conditions
     methods: tuple[str, ...]
-    plan: Plan
+    base: Plan
     usual: int
     units: Sequence[ChosenUnit]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of the conversion, with the recipe that says what was chosen.
+
+        Raises:
+            UsageError: nothing of a component would be quantized.
+        """
+        return chosen_plan(self.base, {unit.name: unit.formats for unit in self.units})
+
+    @property
+    def bytes_after(self) -> int:
+        """Tensor bytes of the quantized components."""
+        return self.base.bytes_before - sum(unit.options[KEEP].size - unit.chosen.size for unit in self.units)
 
     @property
     def share(self) -> float:
         """Tensor bytes after / before."""
-        return self.plan.bytes_after / self.plan.bytes_before
+        return self.bytes_after / self.base.bytes_before
+
+    @property
+    def lowest_sqnr_db(self) -> float:
+        """Of all layers that are quantized."""
+        return min(unit.chosen.sqnr_db for unit in self.units)
 
     @property
     def error(self) -> float:
-        return math.fsum(unit.chosen.error for unit in self.units) / sum(unit.weights for unit in self.units)
+        """Mean relative squared error of the weights that might be quantized."""
+        return total_error(unit.chosen for unit in self.units) / sum(unit.weights for unit in self.units)
 
     def label(self, unit: ChosenUnit) -> str:
         """What a unit becomes."""
@@ -60,7 +81,7 @@ class Choice:
 
     def title(self, unit: ChosenUnit) -> str:
         """A unit as reports name it."""
-        return ".".join(unit.name) if len(self.plan.components) > 1 else unit.name.name
+        return ".".join(unit.name) if len(self.base.components) > 1 else unit.name.name
 
     @property
     def deviating(self) -> list[ChosenUnit]:
@@ -69,118 +90,121 @@ class Choice:
         return sorted(found, key=lambda unit: (_worst(unit, self.usual), unit.name))
 
 
-_Members: TypeAlias = Mapping[UnitName, Sequence[tuple[TensorPlan, ...]]]
-"""The tensors of every unit, as each plan has them."""
+class Alternatives:
+    """What each of several plans of one checkpoint would make of every unit, and at which error."""
+
+    def __init__(self, methods: tuple[str, ...], plans: Sequence[Plan], errors: Sequence[Errors]) -> None:
+        self.methods = methods
+        self.plans = plans
+        self.mixes = find_target(plans[0].recipe.target).mixes
+        self._members = _find_members(plans)
+        self._options = {
+            name: _find_options(name.component, tensors, errors) for name, tensors in self._members.items()
+        }
+        kept = sum(options[KEEP].size for options in self._options.values())
+        self._fixed = plans[0].bytes_before - kept
+
+    def choose(self, conditions: Conditions) -> Choice:
+        """The best choice among all plans for every unit, or, if the target does not mix methods, one plan for all.
+
+        Raises:
+            UsageError: no choice holds the conditions, or the one that does quantizes nothing.
+        """
+        numbers = range(len(self.plans))
+        sets: Iterable[Sequence[int]] = [numbers] if self.mixes else [(number,) for number in numbers]
+        return self._best(conditions, sets)
+
+    def alone(self, number: int) -> Choice:
+        """One plan as it is, with nothing kept beyond what it keeps."""
+        return self._best(Conditions(), [(number,)])
+
+    def _best(self, conditions: Conditions, sets: Iterable[Sequence[int]]) -> Choice:
+        tried = [self._try(conditions, allowed) for allowed in sets]
+        found = [chosen for chosen in tried if not isinstance(chosen, SizeError)]
+        if not found:
+            raise min((error for error in tried if isinstance(error, SizeError)), key=lambda error: error.smallest)
+        quantizing = [chosen for chosen in found if any(option.number != KEEP for option in chosen.values())]
+        if not quantizing:
+            raise UsageError(self._nothing(conditions))
+        rank = (total_error, total_size) if conditions.size is not None else (total_size, total_error)
+        best = min(quantizing, key=lambda chosen: tuple(measure(chosen.values()) for measure in rank))
+        usual = self._usual(best)
+        return Choice(
+            conditions=conditions,
+            methods=self.methods,
+            base=self.plans[usual],
+            usual=usual,
+            units=[self._unit(name, option.number) for name, option in best.items()],
+        )
+
+    def _try(self, conditions: Conditions, numbers: Sequence[int]) -> dict[UnitName, Option] | SizeError:
+        """The best choice among the plans of these numbers; the error if there is none."""
+        names = {f"{name.component}\n{name.name}": name for name in self._options}
+        units = [
+            Unit(key, [option for number, option in self._options[name].items() if number in (KEEP, *numbers)])
+            for key, name in names.items()
+        ]
+        try:
+            chosen = choose(units, conditions, fixed=self._fixed, before=self.plans[0].bytes_before)
+        except SizeError as error:
+            return error
+        return {names[key]: option for key, option in chosen.items()}
+
+    def _nothing(self, conditions: Conditions) -> str:
+        """Why nothing would be quantized."""
+        if conditions.sqnr is None:
+            return f"{conditions}: allows to keep everything as it is. Give less."
+        best = max(option.sqnr_db for options in self._options.values() for option in options.values() if option.error)
+        return f"{conditions}: no layer has that, the best has {best:.2f} dB. Give less, or other --methods."
+
+    def _usual(self, chosen: Mapping[UnitName, Option]) -> int:
+        """The plan that most weights follow; of equal ones the first."""
+        weights = Counter[int]()
+        for name, option in chosen.items():
+            if option.number != KEEP:
+                weights[option.number] += _weights(self._members[name])
+        return min(weights, key=lambda number: (-weights[number], number))
+
+    def _unit(self, name: UnitName, number: int) -> ChosenUnit:
+        members = self._members[name]
+        formats = {one[0].layer: None if number == KEEP else one[number].decision.format for one in members}
+        return ChosenUnit(name, formats, _weights(members), self._options[name], number)
 
 
-def make_choice(
-    methods: tuple[str, ...], plans: Sequence[Plan], errors: Sequence[Errors], conditions: Conditions
-) -> Choice:
-    """Choose among what ``plans`` make of every unit, or one of them for all if the target does not mix methods.
-
-    Raises:
-        UsageError: no choice holds the conditions, or the one that does quantizes nothing.
-    """
-    members = unit_members(plans)
-    options = {name: _options(name, tensors, errors) for name, tensors in members.items()}
-    numbers = range(len(plans))
-    mixes = find_target(plans[0].recipe.target).mixes
-    sets: Iterable[Sequence[int]] = [numbers] if mixes else [(number,) for number in numbers]
-    tried = [_try(plans[0], options, conditions, allowed) for allowed in sets]
-    found = [chosen for chosen in tried if not isinstance(chosen, SizeError)]
-    if not found:
-        raise min((error for error in tried if isinstance(error, SizeError)), key=lambda error: error.smallest)
-    quantizing = [chosen for chosen in found if any(option.number != KEEP for option in chosen.values())]
-    if not quantizing:
-        raise UsageError(_nothing(conditions, options))
-    rank = (total_error, total_size) if conditions.size is not None else (total_size, total_error)
-    best = min(quantizing, key=lambda chosen: tuple(measure(chosen.values()) for measure in rank))
-    usual = _usual(best, members)
-    units = [
-        ChosenUnit(name, [one[0].layer for one in members[name]], _weights(members[name]), options[name], option.number)
-        for name, option in best.items()
-    ]
-    wanted = {name: _wanted(members[name], option.number) for name, option in best.items()}
-    return Choice(
-        conditions=conditions, methods=methods, plan=chosen_plan(plans[usual], wanted), usual=usual, units=units
-    )
-
-
-def unit_members(plans: Sequence[Plan]) -> _Members:
-    """What may be quantized by some plan, unit by unit."""
+def _find_members(plans: Sequence[Plan]) -> dict[UnitName, list[tuple[TensorPlan, ...]]]:
+    """Of every unit that some plan quantizes, the tensors as each plan has them."""
     members: defaultdict[UnitName, list[tuple[TensorPlan, ...]]] = defaultdict(list)
     for parts in zip(*(plan.components for plan in plans), strict=True):
         for tensors in zip(*(part.tensors() for part in parts), strict=True):
             if any(tensor.decision.format for tensor in tensors):
                 members[UnitName(parts[0].component.name, tensors[0].group or tensors[0].layer)].append(tensors)
-    return members
+    return dict(members)
 
 
-def relative_error(errors: Errors, component: str, tensor: TensorPlan) -> float:
-    """Noise / signal; 0 for a layer of zeros."""
-    found = errors[component, tensor.layer]
-    return found.noise / found.signal if found.signal else 0.0
-
-
-def _options(name: UnitName, tensors: Sequence[tuple[TensorPlan, ...]], errors: Sequence[Errors]) -> dict[int, Option]:
+def _find_options(
+    component: str, tensors: Sequence[tuple[TensorPlan, ...]], errors: Sequence[Errors]
+) -> dict[int, Option]:
     """By number of the plan, or ``KEEP``."""
     kept = sum(one[0].source.spec.nbytes for one in tensors)
     options = {KEEP: Option(KEEP, kept, 0.0, math.inf)}
-    for number, found in enumerate(errors):
+    for number, measured in enumerate(errors):
         own = [one[number] for one in tensors]
         if not all(tensor.decision.format for tensor in own):
             continue
-        error = math.fsum(tensor.source.spec.numel * relative_error(found, name.component, tensor) for tensor in own)
-        worst = min(found[name.component, tensor.layer].sqnr_db for tensor in own)
-        options[number] = Option(number, sum(tensor.bytes_after for tensor in own), error, worst)
+        found = [measured[component, tensor.layer] for tensor in own]
+        error = math.fsum(
+            tensor.source.spec.numel * layer.noise / layer.signal
+            for tensor, layer in zip(own, found, strict=True)
+            if layer.signal  # nothing is lost of zeros
+        )
+        size, worst = sum(tensor.bytes_after for tensor in own), min(layer.sqnr_db for layer in found)
+        options[number] = Option(number, size, error, worst)
     return options
-
-
-def _try(
-    plan: Plan, options: Mapping[UnitName, Mapping[int, Option]], conditions: Conditions, numbers: Sequence[int]
-) -> dict[UnitName, Option] | SizeError:
-    """The best choice among the plans of these numbers; the error if there is none."""
-    texts = {f"{name.component}\n{name.name}": name for name in options}
-    units = [
-        Unit(text, [option for number, option in options[name].items() if number == KEEP or number in numbers])
-        for text, name in texts.items()
-    ]
-    fixed = plan.bytes_before - sum(unit.options[0].size for unit in units)
-    try:
-        chosen = choose(units, conditions, fixed=fixed, before=plan.bytes_before)
-    except SizeError as error:
-        return error
-    return {texts[text]: option for text, option in chosen.items()}
-
-
-def _nothing(conditions: Conditions, options: Mapping[UnitName, Mapping[int, Option]]) -> str:
-    """Why nothing would be quantized."""
-    if conditions.sqnr is None:
-        return f"{conditions}: allows to keep everything as it is. Give less."
-    best = max((option for found in options.values() for option in found.values() if option.number != KEEP), key=_db)
-    return f"{conditions}: no layer has that, the best has {best.sqnr_db:.2f} dB. Give less, or other --methods."
-
-
-def _db(option: Option) -> float:
-    return option.sqnr_db
 
 
 def _worst(unit: ChosenUnit, number: int) -> float:
     return unit.options[number].sqnr_db if number in unit.options else math.inf
 
 
-def _wanted(tensors: Sequence[tuple[TensorPlan, ...]], number: int) -> Formats:
-    return {one[0].layer: None if number == KEEP else one[number].decision.format for one in tensors}
-
-
 def _weights(tensors: Sequence[tuple[TensorPlan, ...]]) -> int:
     return sum(one[0].source.spec.numel for one in tensors)
-
-
-def _usual(chosen: Mapping[UnitName, Option], members: _Members) -> int:
-    """The plan that most weights follow; of equal ones the first."""
-    weights = Counter[int]()
-    for name, option in chosen.items():
-        if option.number != KEEP:
-            weights[option.number] += _weights(members[name])
-    return min(weights, key=lambda number: (-weights[number], number))

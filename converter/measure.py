@@ -62,7 +62,14 @@ def measure(plans: Sequence[Plan], settings: Settings, progress: Callable[[int],
                 yield from groups.before(layer.component, piece)
                 yield Job(piece.size, partial(_measure_piece, layer, piece, groups, errors))
 
-    run_jobs(map(jobs, files), settings.threads, progress, wake=groups.give_up)
+    hub = plans[0].checkpoint.hub
+
+    def wake() -> None:
+        groups.give_up()
+        if hub:
+            hub.downloads.give_up()
+
+    run_jobs(map(jobs, files), settings.threads, progress, wake=wake, at_once=1 if hub else None)
     for layers in files:
         layers[0].source.check()
     return [

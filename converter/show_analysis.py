@@ -50,7 +50,7 @@ def choice_text(choice: Choice) -> str:
         ["chosen by", str(choice.conditions)],
         [usual, f"{sum(unit.number == choice.usual for unit in choice.units)} of {len(choice.units)} layers or groups"],
         ["size / before", f"{choice.share:.4f}"],
-        ["lowest SQNR", format_db(min(unit.chosen.sqnr_db for unit in choice.units))],
+        ["lowest SQNR", format_db(choice.lowest_sqnr_db)],
         ["relative error", f"{choice.error:.3e} (mean square, over the weights that might be quantized)"],
     ]
     table = format_table(rows, right=range(2, 4 + len(measured)))
@@ -76,7 +76,7 @@ def _unit_dict(choice: Choice, unit: ChosenUnit) -> dict[str, Any]:
     return {
         "component": unit.name.component,
         "name": unit.name.name,
-        "layers": list(unit.layers),
+        "layers": list(unit.formats),
         "becomes": choice.label(unit),
         "bytes_before": unit.options[KEEP].size,
         "bytes_after": unit.chosen.size,

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
-from omni_convert.cli_output import json_option, print_result
+from omni_convert.cli_output import json_option, note_local, print_result
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS
+from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
 auto_ignore_option = click.option(
@@ -63,21 +64,26 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 @click.option(
     "--memory", callback=_size, metavar="SIZE", help="Limit of the memory beyond libraries (default: 400MiB)."
 )
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page.")
 @json_option
 def analyze(
     model: Path, methods: tuple[str, ...], auto_ignore: str | None, budget: str | None, recipe_out: Path | None,
     layers: tuple[str, ...], ignore: tuple[str, ...], ignore_whole_group: bool, no_default_ignore: bool,
-    target: str | None, components: tuple[str, ...], threads: int | None, memory: int | None, as_json: bool,
+    target: str | None, components: tuple[str, ...], threads: int | None, memory: int | None, output: Path | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measure what each of several methods would do to every layer of MODEL, in one pass; nothing is converted."""
     from omni_convert.converter.analyze import analyze as analyze_model
     from omni_convert.converter.choose import parse_conditions
     from omni_convert.converter.show_analysis import analysis_text, choice_dict, choice_text, recipe_yaml
-    from omni_convert.formats.errors import OmniConvertError, UsageError
 
+    note_local(model)
     conditions = parse_conditions(auto_ignore, budget)
     if recipe_out and conditions is None:
         raise UsageError("--recipe-out writes a choice, expected --auto-ignore or --budget beside it.")
+    for path in filter(None, (recipe_out, output)):
+        if path.is_dir() or not path.parent.is_dir():
+            raise UsageError(f"{path}: expected the name of a file to write, in a folder that is there.")
     found = analyze_model(
         model, methods, threads=threads, memory=memory, progress=True, layers=layers, ignore=ignore,
         ignore_whole_group=ignore_whole_group, components=components, target=target,
@@ -85,14 +91,25 @@ def analyze(
     )  # fmt: skip
     for warning in dict.fromkeys(warning for plan in found.plans for warning in plan.warnings):
         click.echo(f"Warning: {warning}", err=True)
-    data, texts = found.to_dict(), [analysis_text(found)]
-    if conditions:
-        choice = found.choose(auto_ignore=auto_ignore, budget=budget)
-        data["choice"] = choice_dict(choice)
-        texts += [choice_text(choice), recipe_yaml(choice).rstrip()]
-        if recipe_out:
-            try:
-                recipe_out.write_text(recipe_yaml(choice), "utf-8")
-            except OSError as error:
-                raise OmniConvertError(f"{recipe_out}: cannot be written ({error.strerror}). Check it.") from error
-    print_result(data if as_json else "\n\n".join(texts))
+    choice = found.choose(auto_ignore=auto_ignore, budget=budget) if conditions else None
+    if output:
+        from omni_convert.quality.analysis_page import analysis_page
+
+        _write(output, analysis_page(found, choice))
+    if choice and recipe_out:
+        _write(recipe_out, recipe_yaml(choice))
+    if as_json:
+        print_result({**found.to_dict(), **({"choice": choice_dict(choice)} if choice else {})})
+    else:
+        chosen = [choice_text(choice), recipe_yaml(choice).rstrip()] if choice else []
+        print_result("\n\n".join([analysis_text(found), *chosen]))
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise OmniConvertError(
+            f"{path}: cannot be written ({error.strerror}). Check its rights and the disk."
+        ) from error
+    click.echo(f"Wrote {path}", err=True)

@@ -72,7 +72,7 @@ def test_what_is_written_holds_the_conditions(source: Path, tmp_path: Path, targ
         number = float(limit.split("=")[1])
         assert min(report.sqnr_db.values()) >= number if key == "auto_ignore" else choice.share <= number
     found = {
-        unit.name.name: unit.chosen.sqnr_db for unit in choice.units if unit.number != KEEP and not unit.layers[1:]
+        unit.name.name: unit.chosen.sqnr_db for unit in choice.units if unit.number != KEEP and len(unit.formats) == 1
     }
     assert found.items() <= report.sqnr_db.items()
     assert min(report.sqnr_db.values()) == min(unit.chosen.sqnr_db for unit in choice.units)
@@ -185,9 +185,9 @@ def test_names_that_are_parts_of_others(tmp_path: Path) -> None:
     found = analyze(source, ["int8"])
     for share in (85, 88, 91, 94, 97):
         choice = found.choose(budget=f"size<=0.{share}")
-        wanted = {layer for unit in choice.units if unit.number == KEEP for layer in unit.layers}
+        wanted = {layer for unit in choice.units if unit.number == KEEP for layer in unit.formats}
         kept = {layer for (_, layer), name in formats(choice.plan).items() if name == "keep"}
-        assert wanted == kept & {layer for unit in choice.units for layer in unit.layers}
+        assert wanted == kept & {layer for unit in choice.units for layer in unit.formats}
         assert len(choice.plan.recipe.to_dict()["ignored_layers"]) <= len(choice.deviating)
 
 
