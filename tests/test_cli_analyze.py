@@ -86,6 +86,18 @@ def test_wrong_usage(
     assert snapshot(source.parent) == before
 
 
-def test_a_recipe_that_cannot_be_written(omni_convert: Command, source: Path, tmp_path: Path) -> None:
-    args = ("analyze", source, "--methods", "int8", "--budget", "size<=0.8", "--recipe-out", tmp_path / "no" / "x.yaml")
-    assert "x.yaml: cannot be written (No such file or directory)" in omni_convert.fails(1, *args)
+def test_a_page_is_written(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    result = omni_convert("analyze", source, "--methods", "int8", "-o", tmp_path / "page.html")
+    assert (result.code, result.stderr) == (0, f"Wrote {tmp_path / 'page.html'}\n")
+    assert "<!doctype html>" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("option", ["--recipe-out", "-o"])
+def test_places_are_checked_before_weights_are_read(
+    omni_convert: Command, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setattr("omni_convert.converter.analyze.measure", None)
+    for place in (tmp_path / "no" / "x", tmp_path):
+        args = ("analyze", source, "--methods", "int8", "--budget", "size<=0.8", option, place)
+        said = omni_convert.fails(2, *args)
+        assert f"{option} {place}: " in said and "expected the name of a file to write" in said

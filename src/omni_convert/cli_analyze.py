@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from omni_convert.cli_output import json_option, note_local, print_result
+from omni_convert.cli_quality import check_place
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError, UsageError
@@ -46,7 +47,7 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 @budget_option
 @click.option(
     "--recipe-out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=click.Path(path_type=Path),
     metavar="FILE",
     help="With these two: write the choice as a recipe in YAML, to be read, edited and converted with (--recipe).",
 )
@@ -81,9 +82,9 @@ def analyze(
     conditions = parse_conditions(auto_ignore, budget)
     if recipe_out and conditions is None:
         raise UsageError("--recipe-out writes a choice, expected --auto-ignore or --budget beside it.")
-    for path in filter(None, (recipe_out, output)):
-        if path.is_dir() or not path.parent.is_dir():
-            raise UsageError(f"{path}: expected the name of a file to write, in a folder that is there.")
+    for option, path in (("--recipe-out", recipe_out), ("-o", output)):
+        if path:
+            check_place(path, option)
     found = analyze_model(
         model, methods, threads=threads, memory=memory, progress=True, layers=layers, ignore=ignore,
         ignore_whole_group=ignore_whole_group, components=components, target=target,
