@@ -6,6 +6,7 @@ No weight is read here. Everything that can be wrong with a checkpoint is found 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,11 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, asks_online, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec, read_header
+from omni_convert.formats.header import FLOAT_DTYPES, Header, TensorSpec, read_header
 from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
+
+OPENED: ContextVar[dict[Path, Header] | None] = ContextVar("OPENED", default=None)
+"""While a checkpoint is loaded, the headers read so far: the libraries' plug-ins are only told the files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,10 @@ def read_component(path: Path) -> Component:
             "it writes this file last."
         )
     config = read_json(config_path)
-    tensors = {name: tensor.spec for name, tensor, _ in read_shards(path).tensors()}
+    shards = read_shards(path)
+    if (opened := OPENED.get()) is not None:
+        opened.update({header.path: header for header in shards.headers})
+    tensors = {name: tensor.spec for name, tensor, _ in shards.tensors()}
     announced, where = stored_config(config), f"{config_path}: quantization_config"
     read = partial(Component, path=path, config=config, tensors=tensors)
     if announced is None:
@@ -96,7 +103,8 @@ def read_tensors(files: Iterable[Path]) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     origin: dict[str, Path] = {}
     for file in files:
-        for name, stored in read_header(file).tensors.items():
+        header = (OPENED.get() or {}).get(file) or read_header(file)
+        for name, stored in header.tensors.items():
             if name in tensors:
                 raise OmniConvertError(
                     f"{file}: holds tensor {name}, which {origin[name].name} holds too; expected each tensor once. "

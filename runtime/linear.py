@@ -75,7 +75,8 @@ class QuantizedLinear(nn.Linear):
     def await_stored(self) -> None:
         """Until it is filled, have ``weight`` in the dtype that it has on disk: libraries cast what they load to that
         of the model. The layer takes it as bytes when they set it."""
-        self.register_parameter("weight", nn.Parameter(self.tensors()["weight"], requires_grad=False))
+        codes = as_codes(self.weight.detach(), self.format)
+        self.register_parameter("weight", nn.Parameter(codes, requires_grad=False))
 
     def tensors(self) -> dict[str, Tensor]:
         """Suffix -> what the checkpoint holds, in its dtype: what ``Format.dequantize`` takes. Shares memory."""

@@ -18,7 +18,7 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.config import asks_online, stored_config
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
-from omni_convert.runtime.component import Component, read_component
+from omni_convert.runtime.component import OPENED, Component, read_component
 from omni_convert.runtime.kernels import check_format, device_of
 from omni_convert.runtime.npu_device import open_device
 from omni_convert.runtime.online import QUANTIZING, Online
@@ -56,7 +56,7 @@ def load(
     target = parse_device(device)
     for fmt in {fmt for part in (online or {}).values() for fmt in part.config.formats}:
         check_format(fmt, device_of(target))
-    token = LOADING.set(rank)
+    tokens = LOADING.set(rank), OPENED.set({})
     try:
         if (folder / PIPELINE_INDEX).is_file():
             return _load_pipeline(folder, target, dtype, online)
@@ -71,7 +71,8 @@ def load(
             )
         return _load_model(component, dtype, online[""] if online else None).to(target)
     finally:
-        LOADING.reset(token)
+        LOADING.reset(tokens[0])
+        OPENED.reset(tokens[1])
 
 
 def prepare(

@@ -139,7 +139,7 @@ def _module_names(model: Any, layers: Collection[str]) -> dict[str, str | None]:
     mapping = get_model_conversion_mapping(model)
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    prefix, state = model.base_model_prefix, model.state_dict()
+    prefix, state = model.base_model_prefix, dict(model.named_parameters(remove_duplicate=False))
     names: dict[str, str | None] = {}
     for layer in layers:
         weight = f"{layer}.weight"

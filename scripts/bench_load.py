@@ -1,4 +1,4 @@
-"""Time until a converted model can be used, and the memory that takes, beside reading the same files.
+"""Time until a converted model can be used, and the memory that takes, beside what nobody can do without.
 
     python scripts/bench_load.py
     python scripts/bench_load.py --gigabytes 8 --method mxfp8 --library transformers
@@ -6,12 +6,15 @@
 Makes a transformer of Qwen-Image or a Qwen2 of about that many gigabytes in BF16, random weights, and converts it. Each
 round then runs, each in a process of its own and after all imports, on files in the page cache:
 
-load_file           ``safetensors.torch.load_file`` of every file
-omni_convert.load   the model, on the CPU
+load_file           ``safetensors.torch.load_file`` of every file of the converted model
+omni_convert.load   the converted model, on the CPU
+from_pretrained     the library's own, of the plain BF16 model: what it needs to build any model of that class
+online              ``omni_convert.load`` of the plain model, quantized while it loads
 
-Both touch every page of every tensor before the clock stops: files are mapped and would otherwise be read later. Memory
-is anonymous memory beyond that of a process that has only imported; mapped files are not part of it. Ratios are medians
-of those within a round, with their range; on a machine that does other work, those of processor time say more.
+All touch every page of every tensor before the clock stops: files are mapped and would otherwise be read later. "Ready"
+is the processor time until then, which does not grow with the size of tensors where they are only mapped. Memory is
+anonymous memory beyond that of a process that has only imported; mapped files are not part of it. Ratios are medians of
+those within a round, with their range; on a machine that does other work, those of processor time say more.
 """
 
 from __future__ import annotations
@@ -35,9 +38,12 @@ from safetensors.torch import load_file
 
 import omni_convert
 from omni_convert.formats.header import TensorSpec, encode_header
+from omni_convert.runtime.component import read_tensors
 
 PAGE = 4096
 SHARD_BYTES = 4e9
+WAYS = ("imports", "load_file", "omni_convert.load", "from_pretrained", "online")
+HEAD = ("", "s", "of load_file", "CPU s", "of load_file", "ready, CPU s", "of from_pretrained", "anon MiB")
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -78,7 +84,9 @@ def write_model(model: Any, library: str, folder: Path) -> None:
             file.write(encode_header(shard, {"format": "pt"}))
             for spec in shard.values():
                 file.write(np.resize(pool, spec.numel).data)
-    (folder / f"{STEMS[library]}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{STEMS[library]}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def touch(tensors: Iterable[torch.Tensor]) -> None:
@@ -86,44 +94,83 @@ def touch(tensors: Iterable[torch.Tensor]) -> None:
         tensor.detach().contiguous().view(-1).view(torch.uint8)[::PAGE].sum()
 
 
-def measure(library: str, what: str, folder: Path, result: Path) -> None:
-    """In a process of its own; ``result`` receives the seconds, and those of processor time."""
+def load_plain(library: str, folder: Path) -> Any:
+    """With the library alone."""
+    if library == "diffusers":
+        from diffusers import QwenImageTransformer2DModel
+
+        return QwenImageTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)
+    from transformers import Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+def measure(library: str, what: str, method: str, work: Path) -> None:
+    """In a process of its own; ``work/result`` receives seconds, those of processor time, and those until ready."""
     module = {"diffusers": "diffusers.models.transformers.transformer_qwenimage",
               "transformers": "transformers.models.qwen2.modeling_qwen2"}[library]  # fmt: skip
     importlib.import_module(module)
+    importlib.import_module("omni_convert.online")
     start, cpu = time.perf_counter(), time.process_time()
+    tensors: list[torch.Tensor] = []
     if what == "load_file":
-        files = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
-        touch(tensor for tensors in files for tensor in tensors.values())
-    elif what == "omni_convert.load":
-        model = omni_convert.load(folder)
-        touch([*model.parameters(), *model.buffers()])
-    result.write_text(f"{time.perf_counter() - start} {time.process_time() - cpu}")
+        files = [load_file(file) for file in sorted((work / "out").glob("*.safetensors"))]
+        tensors = [tensor for found in files for tensor in found.values()]
+    elif what != "imports":
+        if what == "online":
+            model = omni_convert.load(work / "plain", method=method, target="omni-convert")
+        else:
+            model = (
+                load_plain(library, work / "plain") if what == "from_pretrained" else omni_convert.load(work / "out")
+            )
+        tensors = [*model.parameters(), *model.buffers()]
+    ready = time.process_time() - cpu
+    touch(tensors)
+    (work / "result").write_text(f"{time.perf_counter() - start} {time.process_time() - cpu} {ready}")
+
+
+def ratios(ours: Iterable[float], theirs: Iterable[float]) -> str:
+    """Round by round."""
+    found = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
 
 
 def compare(library: str, arguments: argparse.Namespace, work: Path) -> list[tuple[str, ...]]:
     """A row for every way to load."""
     write_model(build(library, arguments.gigabytes, arguments.hidden), library, work / "plain")
     omni_convert.convert(work / "plain", work / "out", method=arguments.method, target="omni-convert")
-    size = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors")) / 1e9
-    seconds: dict[str, list[list[float]]] = {"imports": [], "load_file": [], "omni_convert.load": []}
-    usages: dict[str, list[Usage]] = {what: [] for what in seconds}
+    times: dict[str, list[list[float]]] = {what: [] for what in WAYS}
+    usages: dict[str, list[Usage]] = {what: [] for what in WAYS}
     for _ in range(arguments.rounds):
-        for what, found in seconds.items():
-            command = [sys.executable, __file__, "--measure", library, what, str(work / "out"), str(work / "seconds")]
-            usages[what].append(run(command))
-            found.append([float(text) for text in (work / "seconds").read_text().split()])
+        for what, found in times.items():
+            usages[what].append(
+                run([sys.executable, __file__, "--measure", library, what, arguments.method, str(work)])
+            )
+            found.append([float(text) for text in (work / "result").read_text().split()])
     imported = statistics.median(usage.anonymous for usage in usages.pop("imports"))
+    size = sum(file.stat().st_size for file in (work / "out").glob("*.safetensors")) / 1e9
     rows = []
     for what, found in usages.items():
-        cells = []
-        for ours, theirs in zip(zip(*seconds[what], strict=True), zip(*seconds["load_file"], strict=True), strict=True):
-            ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-            cells += [f"{statistics.median(ours):.2f}", spread]
-        memory = statistics.median(usage.anonymous for usage in found) - imported
-        rows.append((f"{library}, {arguments.method}, {size:.2f} GB: {what}", *cells, f"{memory:.0f}"))
+        wall, cpu, ready = (list(column) for column in zip(*times[what], strict=True))
+        files, plain = times["load_file"], times["from_pretrained"]
+        rows.append((
+            f"{library}, {arguments.method}, {size:.2f} GB: {what}",
+            f"{statistics.median(wall):.2f}", ratios(wall, [row[0] for row in files]),
+            f"{statistics.median(cpu):.2f}", ratios(cpu, [row[1] for row in files]),
+            f"{statistics.median(ready):.2f}", ratios(ready, [row[2] for row in plain]),
+            f"{statistics.median(usage.anonymous for usage in found) - imported:.0f}",
+        ))  # fmt: skip
+    print(budget(work), file=sys.stderr)
     return rows
+
+
+def budget(work: Path) -> str:
+    """What loading online may take: the quantized layers, and two of them as they are stored."""
+    out, plain = (read_tensors(sorted((work / name).glob("*.safetensors"))) for name in ("out", "plain"))
+    layers = [name.rpartition(".")[0] for name in out if name.endswith((".weight_scale", ".weight_scale_inv"))]
+    held = sum(spec.nbytes for name, spec in out.items() if name.rpartition(".")[0] in layers and "bias" not in name)
+    largest = max(plain[f"{layer}.weight"].nbytes for layer in layers)
+    return f"online: the quantized layers take {held >> 20} MiB, two of the largest in BF16 {2 * largest >> 20} MiB"
 
 
 def main() -> None:
@@ -137,15 +184,15 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        library, what, folder, result = arguments.measure
-        measure(library, what, Path(folder), Path(result))
+        library, what, method, work = arguments.measure
+        measure(library, what, method, Path(work))
         return
     rows = []
     for library in arguments.library or STEMS:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
             rows += compare(library, arguments, Path(work))
     print(f"{machine()}, medians of {arguments.rounds} rounds\n")
-    print(markdown(("", "s", "of load_file", "CPU s", "of load_file", "anon MiB"), rows))
+    print(markdown(HEAD, rows))
 
 
 if __name__ == "__main__":

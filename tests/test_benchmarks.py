@@ -70,6 +70,6 @@ def test_runtime_without_a_gpu_says_so() -> None:
 def test_loading(tmp_path: Path) -> None:
     sizes = ["--gigabytes", 0.01, "--hidden", 256, "--rounds", 1, "--folder", tmp_path]
     printed = bench("bench_load.py", *sizes, "--library", "diffusers")
-    for what in ("load_file", "omni_convert.load"):
+    for what in ("load_file", "omni_convert.load", "from_pretrained", "online"):
         assert f" GB: {what} " in printed
     assert list(tmp_path.iterdir()) == []
