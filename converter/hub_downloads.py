@@ -70,11 +70,14 @@ class Downloads:
 
     def cached(self, name: str) -> Path | None:
         """A file in the Hub cache, if it is whole there."""
+        path = self._in_cache(name)
+        return path if path and path.stat().st_size == self.listing.files[name].size else None
+
+    def _in_cache(self, name: str) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(self.listing.repo.id, name, revision=self.listing.commit)
-        path = Path(found) if isinstance(found, str) else None
-        return path if path and path.stat().st_size == self.listing.files[name].size else None
+        return Path(found) if isinstance(found, str) else None
 
     def missing(self, names: Iterable[str]) -> int:
         """Bytes of these files that would be downloaded."""
@@ -211,6 +214,7 @@ class Downloads:
                 revision=self.listing.commit,
                 local_dir=self.scratch,
                 library_name="omni-convert",
+                force_download=self.scratch is None and self._in_cache(name) is not None,  # what is there is damaged
                 tqdm_class=bar,
             )
         except BaseException:

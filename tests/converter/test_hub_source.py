@@ -37,7 +37,7 @@ def test_bytes_are_those_of_a_local_folder(
     cli = Cli(hub, tmp_path / "work")
     cli.succeeds("--method", "int8", "org/qwen", "out", token=None)
     out = cli.folder / "out"
-    assert contents(out) == contents(int8_output) | {".gitattributes": (out / ".gitattributes").read_bytes()}
+    assert contents(out) == contents(int8_output)
     source = manifest(out)["source"]
     assert (source["repo"], source["revision"]) == ("org/qwen", hub.store.repos["org/qwen"].refs["main"])
     assert source["files"].keys() == contents(out).keys()
@@ -75,7 +75,7 @@ def test_a_plan_reads_headers_alone(hub: HubServer, cli: Cli, qwen_image: Path) 
     to_download = total - sum(len((qwen_image / name).read_bytes()) for name in hub.files_sent() - set(weights))
     downloads = found["source"].pop("bytes_to_download")
     assert found["source"] == {"repo": "org/qwen", "revision": commit}
-    assert to_download <= downloads <= to_download + 100  # .gitattributes
+    assert downloads == to_download
     assert local["source"] is None
 
 
@@ -184,7 +184,7 @@ def test_scratch_holds_few_files_and_nothing_at_the_end(
     assert 1 <= int(most) <= 3 < len(list(qwen_image.rglob("*.safetensors")))
     assert not any(name.endswith(".safetensors") for name in cli.cached())
     out = cli.folder / "out"
-    assert contents(out) == contents(int8_output) | {".gitattributes": (out / ".gitattributes").read_bytes()}
+    assert contents(out) == contents(int8_output)
 
 
 _LOAD = """
