@@ -345,5 +345,6 @@ _NO_KERNEL = 32
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 2 before block 10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+    """Sort key that puts block 2 before block 10: fewer digits first, for Python turns only so many into a number."""
+    parts = [part.lstrip("0") if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    return [(len(part) if place % 2 else -1, part) for place, part in enumerate(parts)]

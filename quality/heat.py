@@ -53,11 +53,12 @@ class Shades:
 
 
 class Family(NamedTuple):
-    """Blocks that are numbered together: the start of their names, the kinds of layers in them, and the numbers."""
+    """Blocks that are numbered together: the start of their names, the kinds of layers in them, and the numbers that
+    occur, in order."""
 
     prefix: str
     kinds: dict[str, dict[int, list[Layer]]]
-    blocks: range
+    blocks: tuple[int, ...]
 
 
 def families(layers: Sequence[Layer]) -> list[Family]:
@@ -69,7 +70,7 @@ def families(layers: Sequence[Layer]) -> list[Family]:
             start = f"{layer.component}: {prefix}" if layer.component else prefix
             found[start][rest.removeprefix(".") or layer.kind][layer.block].append(layer)
     return [
-        Family(prefix.rstrip("."), dict(kinds), range(min(map(min, kinds.values())), max(map(max, kinds.values())) + 1))
+        Family(prefix.rstrip("."), dict(kinds), tuple(sorted(set[int]().union(*kinds.values()))))
         for prefix, kinds in found.items()
     ]
 
@@ -90,8 +91,7 @@ def _family(family: Family, shades: Shades) -> str:
         _row(kind, [by_block.get(block, []) for block in family.blocks], shades)
         for kind, by_block in family.kinds.items()
     )
-    first, last = family.blocks[0], family.blocks[-1]
-    ends = f"<span>{first}</span><span>{last}</span>" if last > first else f"<span>{first}</span>"
+    ends = "".join(f"<span>{block}</span>" for block in dict.fromkeys((family.blocks[0], family.blocks[-1])))
     caption = f"<figcaption>{text(family.prefix)}, {len(family.blocks)} blocks</figcaption>"
     axis = f'<div class="row ends"><span></span><div>{ends}</div></div>'
     return f'<figure class="heat" style="--n:{len(family.blocks)}">{caption}{rows}{axis}</figure>'

@@ -21,7 +21,7 @@ from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
 from omni_convert.formats.layout import MANIFEST_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import layer_patterns
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
 @dataclass(frozen=True, kw_only=True)

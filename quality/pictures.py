@@ -83,10 +83,11 @@ def _heat_maps(report: LayerReport) -> Any:
 def _heat_map(family: Family, place: Any, colours: Any, norm: Any) -> None:
     values = np.full((len(family.kinds), len(family.blocks)), np.nan)
     kept = np.full(values.shape, np.nan)
+    columns = {block: column for column, block in enumerate(family.blocks)}
     for row, by_block in enumerate(family.kinds.values()):
         for block, layers in by_block.items():
             lost = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None]
-            column = block - family.blocks.start
+            column = columns[block]
             values[row, column] = min(*lost, norm.vmax - 1e-9) if lost else np.nan
             kept[row, column] = np.nan if lost else 1
     from matplotlib.colors import ListedColormap

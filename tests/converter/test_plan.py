@@ -316,4 +316,5 @@ def test_plan_is_made_from_the_transformers_config(tmp_path: Path) -> None:
 def test_natural_order() -> None:
     names = ["b.10.x", "b.2.x", "a", "b.2.w"]
     assert sorted(names, key=natural_key) == ["a", "b.2.w", "b.2.x", "b.10.x"]
+    assert natural_key(f"a.{'9' * 5000}") > natural_key("a.10") > natural_key("a.09")
     assert natural_key("x²") == [(-1, "x²")]  # a digit, but no number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from browser import DESKTOP, PHONE, opened, overflow
 from click.testing import CliRunner
+from hostile.small import random, write_weights
 
 import omni_convert
 from omni_convert.cli import main
@@ -124,6 +126,27 @@ def test_a_model_of_ten_thousand_layers(browser: Browser, found: LayerReport, tm
         assert page.locator(".heat i[data-tip]").count() == 50
         page.get_by_role("searchbox").fill("layers.49.mlp experts.199")
         assert page.locator("tbody tr").count() == 1
+
+
+def test_names_that_want_to_be_more(browser: Browser, tmp_path: Path) -> None:
+    """Of a hostile file: markup, a block number that nobody can draw up to, one that is no number, no end of a name."""
+    names = [
+        "a.<img src=x onerror=alert(1)>.0.q",
+        "b.999999999.q",
+        f"c.{'9' * 5000}.q",
+        "d.3.'\"&;$(reboot)`.q",
+        "e" * 3000,
+    ]
+    source = write_weights(tmp_path / "model.safetensors", {f"{name}.weight": random(64, 64) for name in names})
+    done = omni_convert.convert(source, tmp_path / "out", method="int8", target="omni-convert", statistics=True)
+    path = tmp_path / "report.html"
+    path.write_text(report(done.out, run=done).to_html())
+    assert path.stat().st_size < 200_000
+    with opened(browser, path, viewport=PHONE) as page:
+        assert overflow(page) == 0 and page.locator("img").count() == 0
+        assert page.locator("tbody tr").count() == len(names)
+        lines = page.locator(".copy code").all_inner_texts()
+        assert any(shlex.split(line) == ["--ignore", names[3]] for line in lines)
 
 
 def test_conversion_writes_the_page(browser: Browser, qwen_image: Path, tmp_path: Path) -> None:
