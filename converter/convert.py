@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from omni_convert.converter.device import CPU, DEVICE_PIECE_BYTES, check_name
 from omni_convert.converter.files import processors
-from omni_convert.converter.folder import OutputFolder, total_size
+from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.hub_source import fetching, naming, open_source
 from omni_convert.converter.job import difference, job_identity
 from omni_convert.converter.manifest import manifest_bytes
+from omni_convert.converter.outlet import Outlet, outlet_bytes, write_out
 from omni_convert.converter.pieces import PIECE_BYTES
 from omni_convert.converter.plan import Plan, make_plan
 from omni_convert.converter.progress import progress_bar
@@ -46,7 +47,7 @@ class Report:
     asked for.
     """
 
-    out: Path
+    out: Path | str
     method: str
     format: str
     layers: int
@@ -151,6 +152,8 @@ def convert(
             run of this job, without ``config.json`` and index; if there are none, ``out`` is as it was, or empty.
     """
     started = time.perf_counter()
+    if str(out).startswith("hub:"):
+        raise UsageError(f"{out}: is a repository, expected a folder. Call omni_convert.convert_to_hub.")
     means = Means(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
         hash_source=hash_source, engine=engine, statistics=statistics,
@@ -207,33 +210,40 @@ class Means:
         return fit(plan, settings, DEFAULT_MEMORY if self.memory is None else self.memory)
 
 
-def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
-    """Carry out a plan. ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``."""
+def run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float, outlet: Outlet | None = None) -> Report:
+    """Carry out a plan.
+
+    ``progress``: as in ``convert``. ``started``: when, by ``time.perf_counter``. ``outlet``: takes large files out of
+    ``out``, and publishes the rest.
+    """
     with naming(plan.checkpoint):
-        return _run(plan, out, means, progress=progress, started=started)
+        return _run(plan, out, means, progress, started, outlet)
 
 
-def _run(plan: Plan, out: Path, means: Means, *, progress: bool, started: float) -> Report:
+def _run(plan: Plan, out: Path, means: Means, progress: bool, started: float, outlet: Outlet | None) -> Report:
     from omni_convert.converter.execute import on_device
 
     execute, settings = _engine(means.engine), on_device(plan, means.settings(plan))
     hashing_threads = processors() if means.engine == "ray" else settings.threads  # this process does that alone
     folder = _output_folder(plan, out, means)
     try:
-        folder.check(linked=means.link)
-        kept = sum(record.size for record in folder.records.values())
+        folder.check(_disk_bytes(plan, means, kept=outlet is None))
+        elsewhere = outlet.there if outlet else {}
+        kept = sum(record.size for name, record in folder.records.items() if name not in elsewhere)
         with progress_bar("check", kept, show=progress and kept > 0) as advance:
-            folder.take(hashing_threads, advance)
+            folder.take(hashing_threads, advance, elsewhere)
         total = plan.bytes_before + plan.bytes_copied
         with (
             fetching(plan.checkpoint, folder.missing, show=progress),
             progress_bar("convert", total, show=progress) as advance,
         ):
             advance(total - _source_bytes(plan, folder.missing))
-            execute(
-                plan, folder.path, folder.missing, settings, known=folder.known, record=folder.record, progress=advance
-            )
-        _seal(plan, folder, hashing_threads if means.hash_source else 0)
+            work: tuple[Any, ...] = (plan, folder.path, folder.missing, settings)
+            if outlet:
+                write_out(outlet, folder, execute, *work, known=folder.known, progress=advance)
+            else:
+                execute(*work, known=folder.known, record=folder.record, progress=advance)
+        _seal(plan, folder, hashing_threads if means.hash_source else 0, outlet)
     except OSError as error:
         path = Path(error.filename or folder.path)
         remedy = "cannot be written ({}). Check the folder, its rights and the free space, then run again."
@@ -275,17 +285,21 @@ def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     try:
         with naming(plan.checkpoint):
             on_device(plan, means.settings(plan))
-            _output_folder(plan, out, means).check(linked=means.link)
+            _output_folder(plan, out, means).check(_disk_bytes(plan, means, kept=True))
     except (OmniConvertError, OSError) as error:
         return str(error)
     return None
 
 
-def needs(plan: Plan, means: Means) -> tuple[int, int]:
-    """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``."""
+def needs(plan: Plan, means: Means, *, kept: bool = True) -> tuple[int, int]:
+    """Peak memory beyond the libraries, and disk, in bytes, of carrying out ``plan``. ``kept``: without an outlet."""
     from omni_convert.converter.execute import memory_bytes
 
-    return memory_bytes(plan, means.settings(plan)), plan.disk_bytes(linked=means.link)
+    return memory_bytes(plan, means.settings(plan)), _disk_bytes(plan, means, kept=kept)
+
+
+def _disk_bytes(plan: Plan, means: Means, *, kept: bool) -> int:
+    return plan.disk_bytes(linked=means.link) if kept else outlet_bytes(plan)
 
 
 def device_need(plan: Plan, means: Means) -> int:
@@ -327,7 +341,7 @@ def _check_source(plan: Plan, job: Mapping[str, Any]) -> None:
         raise SourceError(f"{plan.checkpoint.root}: changed during the run: {reason}. Run again.")
 
 
-def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
+def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int, outlet: Outlet | None) -> None:
     """Write what makes the folder loadable, the most telling file last. ``hashing_threads``: for the source, or 0."""
     texts: dict[str, bytes] = {}
     for part in plan.components:
@@ -347,6 +361,8 @@ def _seal(plan: Plan, folder: OutputFolder, hashing_threads: int) -> None:
     folder.sync()
     for name in folder.seals:
         folder.write(name, texts[name])
+    if outlet:  # until that is done the folder is unfinished, and the next run goes on
+        outlet.publish(folder.path)
     folder.finish()
 
 
@@ -363,7 +379,8 @@ def _report(plan: Plan, folder: OutputFolder, seconds: float) -> Report:
         bytes_before=plan.bytes_before,
         bytes_after=plan.bytes_after,
         bytes_copied=plan.bytes_copied,
-        bytes_written=total_size(folder.path, folder.files),
+        bytes_written=sum(record.size for record in folder.records.values())
+        + sum((folder.path / name).stat().st_size for name in folder.seals),
         bits_per_weight=plan.bits_per_weight,
         seconds=seconds,
         gigabytes_per_second=read / seconds / 1e9,

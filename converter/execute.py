@@ -18,6 +18,7 @@ from omni_convert.converter.file_writer import FileRecord, FileWriter
 from omni_convert.converter.groups import Group, Groups
 from omni_convert.converter.jobs import Job, run_jobs
 from omni_convert.converter.layer_error import BYTES_PER_ROW
+from omni_convert.converter.outlet import Outlet
 from omni_convert.converter.output import OutputFile
 from omni_convert.converter.parts import Part, whole_file
 from omni_convert.converter.pieces import copy_pieces, shard_pieces, smallest_piece
@@ -57,6 +58,7 @@ def execute(
     known: Mapping[Group, float],
     record: Record,
     progress: Callable[[int], None],
+    outlet: Outlet | None = None,
 ) -> None:
     """Write the files ``names`` (relative paths) of the plan below ``out``.
 
@@ -64,6 +66,7 @@ def execute(
         known: magnitudes that files which are done share with these.
         record: is told of every file that is whole.
         progress: receives source bytes as they are done; called by one thread at a time.
+        outlet: makes room before each file.
 
     Raises:
         OmniConvertError: NaN or Inf in a weight, or a file that cannot be read or written.
@@ -74,6 +77,8 @@ def execute(
 
     def begin() -> Iterator[Iterator[Job]]:
         for name in names:
+            if outlet:
+                outlet.make_room()
             writer = file_writer(plan, whole_file(plan, name), groups, settings)
             files.append(output_file(plan, out, name, writer, settings, record))
             yield writer.jobs(files[-1])
@@ -82,9 +87,11 @@ def execute(
         groups.give_up()
         if hub:
             hub.downloads.give_up()
+        if outlet:
+            outlet.give_up()
 
     try:
-        at_once = 1 if hub else None  # files come one after the other, and few are kept at a time
+        at_once = 1 if hub or outlet else None  # files come or go one after the other, and few are kept at a time
         run_jobs(begin(), settings.threads, progress, device.workers(settings.device), wake, at_once)
     finally:
         for file in files:

@@ -30,6 +30,11 @@ def parse_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix) + 1 if prefix else 0))
 
 
+def freed_bytes(path: Path) -> int:
+    """What deleting a file frees: nothing while other hard links hold it."""
+    return path.stat().st_size if path.is_file() and path.stat().st_nlink == 1 else 0
+
+
 def sync_file(path: Path) -> None:
     """Have the disk know the content of a file."""
     with path.open("rb") as file:

@@ -6,14 +6,14 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.file_writer import FileRecord
-from omni_convert.converter.files import sync_file, sync_folder
+from omni_convert.converter.files import freed_bytes, sync_file, sync_folder
 from omni_convert.converter.groups import Group
 from omni_convert.converter.hashes import file_problems
 from omni_convert.converter.job import difference
@@ -95,8 +95,8 @@ class OutputFolder:
             for group, value in self.records[name].largest.items()
         }
 
-    def check(self, *, linked: bool) -> None:
-        """Everything that can be refused before a byte is written.
+    def check(self, needed: int) -> None:
+        """Everything that can be refused before a byte is written. ``needed``: bytes that the folder will take.
 
         Raises:
             OmniConvertError: the folder holds something else, overlaps the source, or the disk is too small.
@@ -106,9 +106,9 @@ class OutputFolder:
         self._check_contents()
         hub, disk = self.plan.checkpoint.hub, _existing_parent(self.path)
         downloads = hub.downloads.claim(disk, self.missing) if hub else 0
-        needed = self.plan.disk_bytes(linked=linked) + downloads
+        needed += downloads
         replaced = [self.path / name for name in (*self.files, *self._stale)]
-        reusable = sum(map(_freed_bytes, (*replaced, *self._partial_files())))
+        reusable = sum(map(freed_bytes, (*replaced, *self._partial_files())))
         free = shutil.disk_usage(disk).free
         if needed > free + reusable:
             what = "the output and the downloads take" if downloads else "the output takes"
@@ -117,10 +117,11 @@ class OutputFolder:
                 f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
             )
 
-    def take(self, threads: int, progress: Callable[[int], object]) -> None:
+    def take(self, threads: int, progress: Callable[[int], object], elsewhere: Mapping[str, str]) -> None:
         """Mark the folder as unfinished; keep what an earlier run of this job finished, clear the rest, seals first.
 
         ``threads``, ``progress``: who compares kept files with their sha256, and receives the bytes of what is done.
+        ``elsewhere``: sha256 of files that are kept in another place, and need not be here.
 
         Raises:
             OmniConvertError: another process holds the folder.
@@ -129,12 +130,13 @@ class OutputFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         found = self._lock_marker()
         self.records = dict(found.files) if found else {}
-        expected = {name: (record.size, record.sha256) for name, record in self.records.items()}
+        here = {name: record for name, record in self.records.items() if elsewhere.get(name) != record.sha256}
+        expected = {name: (record.size, record.sha256) for name, record in here.items()}
         for name, problem in file_problems(self.path, expected, threads, progress).items():
             _log.warning("%s: %s It is written again.", self.path / name, problem)
             del self.records[name]
         self._remove_files(keep=self.records)
-        for name in self.records if self.durable else ():
+        for name in here.keys() & self.records if self.durable else ():
             sync_file(self.path / name)
         assert self._lock is not None
         self._journal = Journal(self._lock, durable=self.durable)
@@ -382,17 +384,3 @@ def _real(path: Path) -> Path:
 
 def _existing_parent(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _freed_bytes(path: Path) -> int:
-    """What deleting a file frees: nothing while other hard links hold it."""
-    return _size(path) if path.is_file() and path.stat().st_nlink == 1 else 0
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def total_size(root: Path, names: Iterable[str]) -> int:
-    """Bytes of some files below ``root``."""
-    return sum(_size(root / name) for name in names)

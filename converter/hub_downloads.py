@@ -197,7 +197,7 @@ class Downloads:
                 self._order = [name for name in self._order if name not in self._ready and name not in self._used]
                 if self._wanted:
                     return self._wanted[0]
-                ahead = 1 if self.scratch else _AHEAD
+                ahead = 0 if self.scratch else _AHEAD
                 if self._order and len(self._ready.keys() - self._used) < ahead:
                     return self._order[0]
                 self._change.wait()

@@ -111,7 +111,7 @@ def run_jobs(
     """Run the jobs of every file on ``threads`` threads; the first error stops all of them and is raised.
 
     The calling thread waits without a lock that others need: a signal may raise there at any moment. ``wake``: called
-    when no more jobs are handed out, to end jobs that wait for others. ``at_once``: files that are begun before one
+    when the run ends early, to end jobs that wait for others. ``at_once``: files that are begun before one
     ends; None for one for every thread.
     """
     lock, stop = Lock(), Event()
@@ -147,9 +147,11 @@ def run_jobs(
         for _ in threads_:
             if (error := ends.get()) is not None:
                 raise error
-    finally:
+    except BaseException:
         stop.set()
         wake()
+        raise
+    finally:
         for item in threads_:
             if item.ident is not None:
                 item.join()

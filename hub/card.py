@@ -53,7 +53,7 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
 
     Args:
         folder: with the manifest, the configs, and the card of the base model as it arrived; no weight is read.
-        picture: whether that of ``draw_picture`` lies beside the card.
+        picture: whether one of the error lies beside the card.
     """
     from huggingface_hub import ModelCard
 
@@ -84,11 +84,6 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
         _making(manifest, base),
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-
-
-def draw_picture(manifest: Mapping[str, Any]) -> bytes | None:
-    """PNG of the SQNR of the layers over the blocks; None if matplotlib is not installed."""
-    return None
 
 
 def base_of(manifest: Mapping[str, Any], given: str | None) -> Base:
@@ -210,10 +205,7 @@ def _loading(
     if call := _from_pretrained(folder, manifest, repo_id, library):
         title = {"diffusers": "Diffusers", "transformers": "Transformers"}[str(library)]
         yield f"{title}, with omni-convert installed:\n\n```python\n{call}\n```"
-    yield (
-        "omni-convert itself, from a local copy of this repository:\n\n"
-        '```python\nimport omni_convert\n\nmodel = omni_convert.load("path/to/the/copy")\n```'
-    )
+    yield f'omni-convert itself:\n\n```python\nimport omni_convert\n\nmodel = omni_convert.load("{repo_id}")\n```'
 
 
 def _natively(recipe: Recipe) -> str:

@@ -6,19 +6,14 @@ No text of these errors holds a token: a server may quote what it was sent.
 from __future__ import annotations
 
 import json
-import logging
 import re
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from omni_convert.converter.hub_errors import retrying
 from omni_convert.formats.errors import OmniConvertError, printable
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
-_WAITS = (1.0, 2.0, 4.0, 8.0)
-"""Seconds before each further attempt."""
-_PASSING = (408, 425, 429, 500, 502, 503, 504)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{4,}")
 _QUOTA = re.compile(r"storage|quota|limit reached|upgrade your plan|billing|payment", re.IGNORECASE)
 _AGAIN = "What is uploaded is kept: the same command goes on from there."
@@ -35,37 +30,38 @@ class HubError(OmniConvertError):
 
 
 def attempt(step: Callable[[], _T], repo: str, doing: str) -> _T:
-    """Run a step that may be repeated, as often as it takes while the cause may pass.
+    """Run a step that may be repeated, again while the cause of its failure may pass.
 
     ``doing``: for the message, as in "cannot be merged".
 
     Raises:
         HubError: the Hub refused, or still cannot be reached; says what to do.
+        OmniConvertError: it is something here: a file, or metadata of a card.
     """
-    import httpx2
-    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
-    for wait in (*_WAITS, None):
-        try:
-            return step()
-        except httpx2.HTTPError as error:  # huggingface_hub's errors are of this class too
-            status = _status(error)
-            if wait is None or (status is not None and status not in _PASSING):
-                raise HubError(f"{repo}: {doing}: {_reason(status, error)}", status) from error
-            _wait(error, wait)
-        except LocalTokenNotFoundError as error:
-            raise HubError(f"{repo}: {doing}: {_NO_LOGIN}", 401) from error
-        except ValueError as error:  # metadata that the Hub does not take, or an answer that is cut off
-            if wait is None or not isinstance(error, json.JSONDecodeError):
-                raise OmniConvertError(f"{repo}: {doing}: {redact(str(error))}.") from error
-            _wait(error, wait)
-        except (OSError, RuntimeError) as error:  # of hf_xet, which has none of its own for the network
-            if isinstance(error, FileNotFoundError) or (wait is None and isinstance(error, OSError) and error.errno):
-                raise OmniConvertError(f"{repo}: {doing}: {redact(str(error))}. Correct it, then run again.") from error
-            if wait is None:
-                raise HubError(f"{repo}: {doing}: {redact(str(error))}. {_AGAIN}") from error
-            _wait(error, wait)
-    raise AssertionError("the last attempt returns or raises")
+    try:
+        return retrying(lambda: _answered(step))
+    except OmniConvertError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        error = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, HTTPError) else error
+        text, status = f"{repo}: {doing}: ", _status(error)
+        if isinstance(error, LocalTokenNotFoundError):
+            raise HubError(text + _NO_LOGIN, 401) from error
+        if status is not None:
+            raise HubError(text + _reason(status, error), status) from error
+        if isinstance(error, (FileNotFoundError, PermissionError)) or type(error) is ValueError:
+            raise OmniConvertError(f"{text}{redact(str(error))}. Correct it, then run again.") from error
+        what = redact(str(error)) or type(error).__name__
+        raise HubError(f"{text}the Hub cannot be reached ({what}). Check the connection. {_AGAIN}") from error
+
+
+def _answered(step: Callable[[], _T]) -> _T:
+    try:
+        return step()
+    except json.JSONDecodeError as error:
+        raise ConnectionError("an answer was cut off") from error
 
 
 def redact(text: str) -> str:
@@ -77,26 +73,15 @@ def redact(text: str) -> str:
     return printable(re.sub(r"(https?://[^\s?]+)\?\S+", r"\1", " ".join(text.split())).rstrip(". "), 400)
 
 
-def _wait(error: Exception, seconds: float) -> None:
-    response = getattr(error, "response", None)
-    asked = response.headers.get("Retry-After", "") if response is not None else ""
-    seconds = max(seconds, min(float(asked), 300.0)) if asked.isdigit() else seconds
-    _log.warning("%s. Trying again in %.0f s.", redact(str(error)), seconds)
-    time.sleep(seconds)
-
-
 def _status(error: Exception) -> int | None:
     response = getattr(error, "response", None)
     return None if response is None else int(response.status_code)
 
 
-def _reason(status: int | None, error: Exception) -> str:
+def _reason(status: int, error: Exception) -> str:
     """What the Hub's answer means, and what to do."""
     from huggingface_hub import get_token
 
-    if status is None:
-        what = redact(str(error)) or type(error).__name__
-        return f"the Hub cannot be reached ({what}). Check the connection. {_AGAIN}"
     said = redact(str(getattr(error, "server_message", None) or f"status {status}"))
     if status == 401 and get_token() is None:
         return _NO_LOGIN
@@ -113,6 +98,6 @@ def _reason(status: int | None, error: Exception) -> str:
         return f"is not there, or is private and not yours ({said}). Check the name, and: hf auth whoami."
     if status in (409, 412):
         return f"the repository changed meanwhile ({said}). Look at it, then run again."
-    if status in _PASSING:
+    if status in (408, 429) or status >= 500:
         return f"the Hub is in trouble ({status}: {said}). {_AGAIN}"
     return f"the Hub refused ({status}: {said})."

@@ -14,8 +14,9 @@ from omni_convert.converter.verify import verify
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import format_bytes, format_table
-from omni_convert.hub.card import PICTURE_NAME, base_of, draw_picture, make_card
+from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
 from omni_convert.hub.metadata import CARD_NAME, check_card
+from omni_convert.hub.picture import draw_picture
 from omni_convert.hub.repository import Draft, RemoteFile, Repository
 
 NOT_PUBLISHED = (CARD_NAME, ".gitattributes")

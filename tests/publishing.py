@@ -26,7 +26,7 @@ def use(hub: HubServer, monkeypatch: pytest.MonkeyPatch, home: Path, token: str 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    monkeypatch.setattr("omni_convert.hub.errors._WAITS", (0.01,))
+    monkeypatch.setattr("omni_convert.converter.hub_errors.WAITS", [0.01])
 
 
 def start(hub: HubServer, home: Path, *arguments: object, token: str | None = TOKEN) -> subprocess.Popen[str]:

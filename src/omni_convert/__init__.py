@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from omni_convert.converter.verify import verify
     from omni_convert.formats.quant_config import Spec, build_quant_config
     from omni_convert.hub.push import push
+    from omni_convert.hub.transfer import convert_to_hub
     from omni_convert.quality.report import report
     from omni_convert.runtime.describe import Description
 
@@ -43,6 +44,7 @@ __all__ = [
     "build_quant_config",
     "compare",
     "convert",
+    "convert_to_hub",
     "describe",
     "inspect",
     "load",
@@ -61,6 +63,7 @@ _LAZY = {
     "compare": "omni_convert.comparing",
     "convert": "omni_convert.converter.convert",
     "plan": "omni_convert.converter.convert",
+    "convert_to_hub": "omni_convert.hub.transfer",
     "push": "omni_convert.hub.push",
     "inspect": "omni_convert.converter.inspect",
     "report": "omni_convert.quality.report",

@@ -35,6 +35,7 @@ Examples:
   omni-convert report out/ -o report.html
   omni-convert push out/ me/Qwen-Image-INT8
   omni-convert compare --reference model/ --candidate out/ --task t2i --prompt 'a cup of coffee' --gate smoke
+  omni-convert --method int8 Qwen/Qwen-Image hub:me/Qwen-Image-INT8
 """
 
 
@@ -117,8 +118,8 @@ def main() -> None:
     """Convert a BF16 checkpoint once into a quantized checkpoint that inference engines load unchanged.
 
     MODEL is a diffusers pipeline folder, one component's folder, a transformers folder, a .safetensors file, or
-    org/name[@revision] on the Hugging Face Hub. OUT is a new folder with the same layout. Exit status: 0 done,
-    1 failed, 2 wrong usage.
+    org/name[@revision] on the Hugging Face Hub. OUT is a new folder with the same layout, or hub:org/name. Exit
+    status: 0 done, 1 failed, 2 wrong usage.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what is worth telling of the Hub, this program tells
 

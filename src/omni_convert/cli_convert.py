@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from omni_convert.cli_analyze import auto_ignore_option, budget_option, split_methods
+from omni_convert.cli_hub import hub_options, hub_target
 from omni_convert.cli_output import json_option, note_local, print_result
 from omni_convert.cli_quality import check_place, write_page
 from omni_convert.converter.files import parse_size
@@ -152,6 +153,8 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     metavar="FILE",
     help="Write a page about every layer, measured while its weights pass by.",
 )
+@hub_options("To hub: ")
+@click.option("--work", type=click.Path(path_type=Path), metavar="DIR", help="To hub: Folder for what is under way.")
 @json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,
@@ -160,9 +163,9 @@ def convert(
     no_default_ignore: bool, target: str | None, components: tuple[str, ...], auto_ignore: str | None,
     budget: str | None, methods: tuple[str, ...], dry_run: bool, link: bool, resume: bool, overwrite: bool,
     durable: bool, hash_source: bool, engine: str, threads: int | None, memory: int | None, device: str,
-    report: Path | None, as_json: bool,
+    report: Path | None, work: Path | None, as_json: bool, **publishing: Any,
 ) -> None:  # fmt: skip
-    """Convert MODEL, a folder, a file or org/name[@revision] on the Hub, into OUT."""
+    """Convert MODEL, a folder, a file or org/name[@revision] on the Hub, into OUT, a folder or hub:ORG/NAME."""
     from omni_convert.converter import show
     from omni_convert.converter.convert import ENGINES, Means, device_need, needs, plan, refusal, run
     from omni_convert.converter.recipe import Choices, read_input_scales, read_recipe
@@ -174,6 +177,9 @@ def convert(
         check_place(report, "--report")
     started = time.perf_counter()
     note_local(model)
+    repository = hub_target(out, work, **publishing)
+    if report and repository is not None:
+        raise UsageError("--report reads the folder OUT, which is published here. Convert into a folder, then push it.")
     choices = Choices(
         method=method, recipe=read_recipe(recipe) if recipe else None, granularity=granularity,
         block_size=parse_block_size(block_size) if block_size else None, activation_scheme=activation_scheme,
@@ -199,10 +205,16 @@ def convert(
         hash_source=hash_source, engine=engine, statistics=report is not None,
     )  # fmt: skip
     if dry_run:
-        if obstacle := refusal(planned, out, means):
+        if repository is None and (obstacle := refusal(planned, out, means)):
             click.echo(f"Note: this conversion would be refused now. {obstacle}", err=True)
-        needed = (*needs(planned, means), device_need(planned, means))
+        needed = (*needs(planned, means, kept=repository is None), device_need(planned, means))
         _print(chosen, show.plan_dict(planned, *needed) if as_json else show.plan_text(planned, *needed))
+        return
+    if repository is not None:
+        from omni_convert.hub.transfer import transfer
+
+        done, publication = transfer(planned, repository, means, progress=True, started=started)
+        _print(chosen, {**done.to_dict(), **publication.to_dict()} if as_json else show.report_text(done))
         return
     done = run(planned, out, means, progress=True, started=started)
     if report:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import read_json
 from omni_convert.hub.card import base_of, make_card
 from omni_convert.hub.metadata import check_card, read_metadata
+from omni_convert.hub.picture import draw_picture
 
 BASE_CARD = """---
 license: other
@@ -186,3 +188,30 @@ def test_a_manifest_of_an_older_version(out: Path, tmp_path: Path) -> None:
     write_json(copy / "omni_convert.json", manifest)
     with pytest.raises(OmniConvertError, match="convert again"):
         card(copy)
+
+
+def test_a_picture_of_the_error(out: Path, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    manifest = read_json(out / "omni_convert.json")
+    picture = draw_picture(manifest)
+    assert picture is not None
+    assert picture == draw_picture(json.loads(json.dumps(manifest)))
+    (tmp_path / "a.png").write_bytes(picture)
+    with image.open(tmp_path / "a.png") as shown:
+        assert shown.width == 960
+        assert len(shown.convert("RGB").getcolors(1 << 20)) > 20
+    tensors = manifest["components"]["transformer"]["tensors"]
+    tensors["$x_{evil.0.b.weight"] = {"action": "int8", "why": "", "sqnr_db": 3.0}
+    worse = draw_picture(manifest)
+    assert worse is not None
+    assert worse != picture
+    manifest["components"]["transformer"]["tensors"] = {"a.weight": {"action": "int8", "why": "", "sqnr_db": 3.0}}
+    assert draw_picture(manifest) is None
+    assert "![SQNR" in make_card(out, "me/x", base=base_of(manifest, None), picture=True)
+    assert "![SQNR" not in card(out)
+
+
+def test_without_matplotlib_there_is_no_picture(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert draw_picture(read_json(out / "omni_convert.json")) is None

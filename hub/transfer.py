@@ -1,0 +1,234 @@
+"""Convert into a repository on the Hub: every shard is uploaded as soon as it is whole, and leaves the disk.
+
+Shards are committed to a pull request, one by one, and seen by nobody until its merge. So what is uploaded can be asked
+of the Hub after any crash, by public calls, which of files that were uploaded and not yet committed it cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Semaphore, Thread
+from typing import TYPE_CHECKING
+
+from omni_convert.converter.convert import Means, Report, plan, run
+from omni_convert.converter.file_writer import FileRecord
+from omni_convert.converter.folder import OutputFolder
+from omni_convert.converter.job import job_identity
+from omni_convert.converter.plan import Plan
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.quant_config import Spec
+from omni_convert.formats.text import format_bytes
+from omni_convert.hub.metadata import check_card
+from omni_convert.hub.push import FolderUpload, Publication, find_changes, prepare, seal, stale_files
+from omni_convert.hub.repository import Draft, Repository
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from omni_convert.converter.recipe import Choices
+
+_AT_ONCE = 2
+"""Files under way: one that is written, one that is uploaded."""
+_LARGE = 10 << 20
+"""Bytes above which the Hub has a sha256 of any file; of weights it has one anyway."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where to publish, and how, as ``push`` takes it. ``work``: the folder for what is under way."""
+
+    repo_id: str
+    private: bool = False
+    create_pr: bool = False
+    card: str | os.PathLike[str] | None = None
+    base_model: str | None = None
+    message: str | None = None
+    work: str | os.PathLike[str] | None = None
+
+
+def convert_to_hub(
+    source: str | os.PathLike[str],
+    repo_id: str,
+    quantization: Spec = None,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    card: str | os.PathLike[str] | None = None,
+    base_model: str | None = None,
+    message: str | None = None,
+    work: str | os.PathLike[str] | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    **choices: Unpack[Choices],
+) -> tuple[Report, Publication]:
+    """Convert a checkpoint into a repository on the Hub, without ever having all of it on the disk.
+
+    A run that ends early goes on where it was when it is called again.
+
+    Args:
+        source, quantization, threads, memory, device, progress, choices: as ``convert`` takes them.
+        repo_id, private, create_pr, card, base_model, message: as ``push`` takes them.
+        work: folder for what is under way, about three shards; by default in the cache of huggingface_hub.
+
+    Raises:
+        OmniConvertError: as ``convert`` and ``push``.
+    """
+    started = time.perf_counter()
+    target = Target(
+        repo_id=repo_id, private=private, create_pr=create_pr, card=card, base_model=base_model, message=message,
+        work=work,
+    )  # fmt: skip
+    means = Means(threads=threads, memory=memory, device=device)
+    return transfer(plan(source, quantization, **choices), target, means, progress=progress, started=started)
+
+
+def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, started: float) -> tuple[Report, Publication]:
+    """Carry out a plan; the result is in a repository, and the work folder is gone."""
+    if means.engine != "local":
+        raise UsageError(f"--engine {means.engine} writes into a folder. Convert into one, then: omni-convert push.")
+    with _without_bars():
+        outlet = HubOutlet(plan, target, progress=progress)
+        if plan.checkpoint.hub:
+            means = replace(means, scratch=outlet.work / "downloads")
+        report = run(plan, outlet.work / "out", means, progress=progress, started=started, outlet=outlet)
+    for name in ("out", "downloads"):
+        shutil.rmtree(outlet.work / name, ignore_errors=True)
+    with suppress(OSError):  # somebody keeps other files there
+        outlet.work.rmdir()
+    assert outlet.publication is not None
+    return replace(report, out=outlet.publication.url), outlet.publication
+
+
+class HubOutlet:
+    """Uploads large files, each while the next is converted. See ``Outlet``."""
+
+    def __init__(self, plan: Plan, target: Target, *, progress: bool) -> None:
+        """Finds out everything that can be refused before a byte is converted."""
+        job = job_identity(plan)
+        identity = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
+        self._target = target
+        self._card = check_card(Path(target.card)) if target.card is not None else None
+        self._repo = Repository(target.repo_id)
+        self._mark = f"(omni-convert {identity})"
+        methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
+        hub = plan.checkpoint.hub
+        self._title = (
+            target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.root.name}"
+        )
+        self._progress = progress
+        self._repo.user()
+        self._published = self._repo.files() or {}
+        self.work = Path(os.path.abspath(target.work)) if target.work else _work_folder(self._repo.id, identity)
+        stale_files(self._repo, self._published, OutputFolder(plan, self.work, job).files)
+        prepare(self._repo, private=target.private, create_pr=target.create_pr)
+        self._draft = self._repo.find_draft(self._mark)
+        found = self._draft.files() if self._draft else self._published
+        self.there: Mapping[str, str] = {name: file.sha256 for name, file in found.items() if file.sha256}
+        self.publication: Publication | None = None
+        self._room = Semaphore(_AT_ONCE)
+        self._queue: SimpleQueue[tuple[str, Path, FileRecord]] = SimpleQueue()
+        self._stopped = Event()
+        self._error: OmniConvertError | None = None
+        Thread(target=self._upload_all, name="omni-convert-upload", daemon=True).start()
+
+    def make_room(self) -> None:
+        while not self._room.acquire(timeout=0.1):
+            self._check()
+        self._check()
+
+    def send(self, name: str, path: Path, record: FileRecord) -> None:
+        if self.there.get(name) == record.sha256:
+            path.unlink(missing_ok=True)
+        elif name.endswith(".safetensors") or record.size > _LARGE:
+            self._queue.put((name, path, record))
+            return
+        self._room.release()  # a small file goes with the last commit
+
+    def wait(self) -> None:
+        for _ in range(_AT_ONCE):
+            self.make_room()
+
+    def give_up(self) -> None:
+        self._stopped.set()
+
+    def publish(self, folder: Path) -> None:
+        upload = FolderUpload(folder, self._repo, self._card, self._target.base_model)
+        changes = find_changes(upload, self._published)
+        if all(change.state == "unchanged" for change in changes):
+            self.publication = Publication(repo=self._repo.id, url=self._repo.url, changes=changes)
+            return
+        small = {name: folder / name for name in upload.first if (folder / name).is_file()}
+        last = {**small, **upload.seals}
+        self.publication = seal(upload, self._open(), last, changes, create_pr=self._target.create_pr)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._stopped.is_set():
+            raise OmniConvertError("The run ends.")  # another error, which is the one that is shown, ended it
+
+    def _open(self) -> Draft:
+        if self._draft is None:
+            self._draft = self._repo.open_draft(self._title, self._mark)
+        return self._draft
+
+    def _upload_all(self) -> None:
+        """On a thread that nobody has to wait for: an interrupted process may end in the middle of an upload."""
+        while not self._stopped.is_set():
+            name, path, record = self._queue.get()
+            try:
+                self._upload(name, path, record)
+            except OmniConvertError as error:
+                self._error = error
+            except BaseException as error:  # whatever it is, whoever waits raises it
+                self._error = OmniConvertError(f"{name}: cannot be uploaded ({type(error).__name__}: {error}).")
+            finally:
+                self._room.release()
+
+    def _upload(self, name: str, path: Path, record: FileRecord) -> None:
+        self._open().commit({name: path}, [], f"Add {name}")
+        if self._stopped.is_set():
+            return  # somebody else may write there by now
+        path.unlink(missing_ok=True)
+        if self._progress:
+            _tell(f"uploaded {name} ({format_bytes(record.size)})")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without huggingface_hub's own progress bars: one for every file, and through ours."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _work_folder(repo_id: str, identity: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "omni-convert" / f"{repo_id.replace('/', '--')}--{identity}"
