@@ -68,6 +68,12 @@ class Comparison:
 
         return comparison_text(self)
 
+    def to_html(self) -> str:
+        """A page of its own, with the pictures in it."""
+        from omni_convert.quality.compare_page import comparison_page
+
+        return comparison_page(self)
+
     def save_outputs(self, folder: str | Path) -> list[Path]:
         """Write ``reference/`` and ``candidate/`` there: a PNG of every image or frame, or ``.npy`` of logits."""
         from omni_convert.quality.compare_files import save_outputs

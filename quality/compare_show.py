@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from omni_convert.formats.text import format_db, format_table
 from omni_convert.quality.pair import Pair, Step
 from omni_convert.quality.similarity import GENERATION, LANGUAGE, METRICS, PERCEPTUAL
-from omni_convert.quality.trace import LayerTrace
+from omni_convert.quality.trace import LayerTrace, by_kind
 
 if TYPE_CHECKING:
     from omni_convert.quality.compare import Comparison, Model
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WORST = 10
-"""Traced layers that the text shows."""
+"""Kinds of traced layers that the text shows."""
 
 
 def comparison_dict(comparison: Comparison) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
 
 def comparison_text(comparison: Comparison) -> str:
     models = [(side, model_text(getattr(comparison, side))) for side in ("reference", "candidate")]
-    blocks = [format_table(models, header=False), metrics_text(comparison), _generation_text(comparison)]
+    blocks = [format_table(models, header=False), _metrics_text(comparison), _generation_text(comparison)]
     blocks += [_drift_text(pair, number) for number, pair in enumerate(comparison.pairs, 1) if pair.drift]
     if comparison.trace is not None:
         blocks.append(trace_text(comparison.trace))
@@ -79,8 +79,8 @@ def model_text(model: Model) -> str:
     return f"{model.folder}{f', quantized to {model.quantization}' if model.quantization else ''}"
 
 
-def metrics_text(comparison: Comparison) -> str:
-    """A column for every prompt; with several, one for all of them."""
+def metric_rows(comparison: Comparison) -> list[list[str]]:
+    """The table of metrics, with its head: a column for every prompt; with several, one for all of them."""
     metrics = {**METRICS, **PERCEPTUAL, **LANGUAGE}
     columns = [("all prompts", comparison.metrics)] if len(comparison.pairs) > 1 else []
     columns += [(f"prompt {n}" if columns else "value", pair.metrics) for n, pair in enumerate(comparison.pairs, 1)]
@@ -89,7 +89,12 @@ def metrics_text(comparison: Comparison) -> str:
         better = "higher" if metrics[name].higher_is_better else "lower"
         values = [format_number(found[name]) for _, found in columns]
         rows.append([name, *values, better, metrics[name].meaning])
-    return format_table(rows, right=range(1, 1 + len(columns)))
+    return rows
+
+
+def _metrics_text(comparison: Comparison) -> str:
+    rows = metric_rows(comparison)
+    return format_table(rows, right=range(1, len(rows[0]) - 2))
 
 
 def format_number(value: float | None) -> str:
@@ -128,11 +133,17 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def trace_text(layers: Sequence[LayerTrace]) -> str:
-    rows = [["layer, its own output error", "format", "calls", "relative L2", "SQNR"]]
-    for layer in layers[:_WORST]:
-        rows.append([layer.layer, layer.format, str(layer.calls), f"{layer.relative_l2:.4g}", format_db(layer.sqnr_db)])
-    more = f"\nand {len(layers) - _WORST} layers that lose less" if len(layers) > _WORST else ""
-    return f"{format_table(rows, right=(2, 3, 4))}{more}"
+    """A row for every kind of layer, and the worst layer."""
+    kinds = by_kind(layers)
+    rows = [["layers, their own output error", "count", "format", "relative L2", "SQNR"]]
+    for kind, count in kinds[:_WORST]:
+        rows.append([kind.layer, str(count), kind.format, f"{kind.relative_l2:.4g}", format_db(kind.sqnr_db)])
+    lines = [format_table(rows, right=(1, 3, 4))]
+    if len(kinds) > _WORST:
+        lines.append(f"and {len(kinds) - _WORST} kinds that lose less")
+    if layers:
+        lines.append(f"worst layer: {layers[0].layer}, {format_db(layers[0].sqnr_db)}")
+    return "\n".join(lines)
 
 
 def gate_text(comparison: Comparison) -> str:

@@ -29,9 +29,9 @@ class Column:
     wide: bool = False
 
 
-def page(title: str, *sections: str, script: str = "") -> str:
-    """A whole document. ``script``: JavaScript, run after that of tables, copy buttons and tips."""
-    style, code = (_HERE / "page.css").read_text(), (_HERE / "page.js").read_text() + script
+def page(title: str, *sections: str, style: str = "", script: str = "") -> str:
+    """A whole document. ``style``, ``script``: CSS and JavaScript after those of tables, copy buttons and tips."""
+    style, code = (_HERE / "page.css").read_text() + style, (_HERE / "page.js").read_text() + script
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return "\n".join(

@@ -50,7 +50,8 @@ def read_tokenizer(folder: Path, prompts: Sequence[str]) -> Any:
 
 def ask_language_model(tokenizer: Any, model: Any, prompt: str, _counts: bool) -> Answer:
     """Logits (tokens, vocabulary) of a language model, or the last hidden states (tokens, width) of an encoder."""
-    result = model(**tokenizer(prompt, return_tensors="pt").to(model.device))
+    batch = tokenizer(prompt, return_tensors="pt").to(model.device)
+    result = model(**batch)
     logits = getattr(result, "logits", None)
     values = (result.last_hidden_state if logits is None else logits)[0].float().cpu().numpy()
     if not np.isfinite(values).all():
@@ -58,7 +59,11 @@ def ask_language_model(tokenizer: Any, model: Any, prompt: str, _counts: bool) -
             f"{type(model).__name__} answered with NaN or Inf, expected finite values. Check that the checkpoint fits "
             "its dtype (fp16 overflows where bf16 does not), or leave layers unquantized."
         )
-    return Answer(output=values, kind=HIDDEN if logits is None else LOGITS)
+    tokens = [tokenizer.decode([token]) for token in batch["input_ids"][0]]
+    if logits is None:
+        return Answer(output=values, kind=HIDDEN, tokens=tokens)
+    best = [tokenizer.decode([token]) for token in values.argmax(axis=1)]
+    return Answer(output=values, kind=LOGITS, tokens=tokens, best=best)
 
 
 def language_metrics(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> dict[str, float]:

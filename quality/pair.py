@@ -26,7 +26,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """``sums``: of every image or frame; of logits one. ``extra``: metrics that are not made of sums. ``notes``: what
+    """``sums``: of every image, frame or token. ``extra``: metrics that are not made of sums. ``notes``: what
     is absent, and why."""
 
     prompt: str
@@ -65,13 +65,11 @@ def make_pair(prompt: str, reference: Answer, candidate: Answer) -> Pair:
         )
     extra: dict[str, float] = {}
     notes: list[str] = []
+    parts = [sums(*each) for each in zip(reference.output, candidate.output, strict=True)]
     if reference.is_pixels:
-        parts = [sums(*frames) for frames in zip(reference.output, candidate.output, strict=True)]
         extra, notes = perceptual(reference.output, candidate.output)
-    else:
-        parts = [sums(reference.output, candidate.output)]
-        if reference.kind == LOGITS:
-            extra = language_metrics(reference.output, candidate.output)
+    elif reference.kind == LOGITS:
+        extra = language_metrics(reference.output, candidate.output)
     return Pair(
         prompt=prompt, reference=reference, candidate=candidate, sums=parts, extra=extra, notes=notes,
         drift=_drift(reference.latents, candidate.latents),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -83,7 +83,7 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """To one prompt. ``output``: uint8 pixels (frames, height, width, 3), or float32 (tokens, vocabulary or width);
-    ``kind`` says which.
+    ``kind`` says which. ``tokens``: of the prompt; ``best``: the most probable next one after each, of logits.
 
     ``latents``: after every step, on the CPU; empty where the pipeline does not tell.
     """
@@ -91,6 +91,8 @@ class Answer:
     output: NDArray[Any]
     kind: str
     latents: list[torch.Tensor] = field(default_factory=list)
+    tokens: Sequence[str] = ()
+    best: Sequence[str] = ()
 
     @property
     def is_pixels(self) -> bool:

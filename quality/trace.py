@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.text import layer_patterns
 from omni_convert.quality.generation import Ask
 from omni_convert.quality.meter import freed_after
 from omni_convert.quality.request import Request
@@ -60,6 +62,23 @@ class LayerTrace:
         numbers = {"relative_l2": self.relative_l2, "sqnr_db": self.sqnr_db}
         found = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
         return {"layer": self.layer, "format": self.format, "calls": self.calls, **found}
+
+
+def by_kind(layers: Sequence[LayerTrace]) -> list[tuple[LayerTrace, int]]:
+    """The sums of layers whose names differ in their numbers only, under a glob of these names, worst first; and how
+    many they are."""
+    patterns = layer_patterns([layer.layer for layer in layers])
+    kinds: dict[tuple[str, str], LayerTrace] = {}
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    for layer in layers:
+        key = patterns[layer.layer], layer.format
+        kind = kinds.setdefault(key, LayerTrace(layer=key[0], format=layer.format))
+        kind.calls += layer.calls
+        kind.signal += layer.signal
+        kind.noise += layer.noise
+        counts[key] += 1
+    order = sorted(kinds, key=lambda key: (kinds[key].sqnr_db, key))
+    return [(kinds[key], counts[key]) for key in order]
 
 
 def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:

@@ -37,6 +37,7 @@ def _new_file(_ctx: click.Context, _param: click.Parameter, value: Path | None) 
 @click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN=METHOD", help="With --quantization: as convert has it."
 )
+@click.option("--ignore-whole-group", is_flag=True, help="With --quantization: as convert has it.")
 @click.option("--no-default-ignore", is_flag=True, help="With --quantization: as convert has it.")
 @click.option("--target", metavar="TARGET", help="With --quantization: as convert has it.")
 @click.option(
@@ -67,12 +68,14 @@ def _new_file(_ctx: click.Context, _param: click.Parameter, value: Path | None) 
 )
 @click.option("--trace-layers", is_flag=True, help="Also measure every quantized layer on real activations.")
 @click.option("--output-json", type=_FOLDER, callback=_new_file, metavar="FILE", help="Write the result there.")
+@click.option("--html", "page", type=_FOLDER, callback=_new_file, metavar="FILE", help="Write a page with the outputs.")
 @click.option("--save-output-dir", type=_FOLDER, metavar="FOLDER", help="Save images, frames or logits there.")
 @json_option
 def compare(
     reference: Path, candidate: Path | None, quantization: str | None, recipe: Path | None, ignore: tuple[str, ...],
-    layers: tuple[str, ...], no_default_ignore: bool, target: str | None, prompts: tuple[str, ...],
-    output_json: Path | None, save_output_dir: Path | None, as_json: bool, **request: Any,
+    layers: tuple[str, ...], ignore_whole_group: bool, no_default_ignore: bool, target: str | None,
+    prompts: tuple[str, ...], output_json: Path | None, page: Path | None, save_output_dir: Path | None,
+    as_json: bool, **request: Any,
 ) -> None:  # fmt: skip
     """Generate with MODEL, then with OUT, from the same prompts and seed, and report how far apart they are.
 
@@ -85,6 +88,7 @@ def compare(
         "recipe": read_recipe(recipe) if recipe else None,
         "ignore": ignore,
         "layers": layers,
+        "ignore_whole_group": ignore_whole_group,
         "target": target,
     }
     given = {name: value for name, value in choices.items() if value}
@@ -97,6 +101,8 @@ def compare(
         result.save_outputs(save_output_dir)
     if output_json:
         output_json.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    if page:
+        page.write_text(result.to_html())
     print_result(result.to_dict() if as_json else result.to_text())
     if not result.ok:
         sys.exit(1)

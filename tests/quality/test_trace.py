@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
+from omni_convert.quality.trace import by_kind
 
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
 BROKEN = "transformer_blocks.0.img_mlp.net.2"
@@ -83,8 +85,15 @@ def test_worst_first_and_in_the_text(qwen_image: Path, converted: Path) -> None:
     assert result.trace is not None
     errors = [layer.relative_l2 for layer in result.trace]
     assert errors == sorted(errors, reverse=True)
-    assert f"{result.trace[0].layer} " in result.to_text()
-    assert "and 26 layers that lose less" in result.to_text()
+    kinds = by_kind(result.trace)
+    assert [count for _, count in kinds] == [3] * 12
+    assert sum(kind.noise for kind, _ in kinds) == pytest.approx(sum(layer.noise for layer in result.trace))
+    planned = omni_convert.plan(qwen_image, method="int8", ignore=[kinds[0][0].layer], ignore_whole_group=True)
+    kept = {f"transformer.{tensor.layer}" for tensor in planned.tensors() if not tensor.decision.format}
+    assert {layer.layer for layer in result.trace if fnmatch(layer.layer, kinds[0][0].layer)} <= kept
+    assert f"{kinds[0][0].layer} " in result.to_text()
+    assert "and 2 kinds that lose less" in result.to_text()
+    assert f"worst layer: {result.trace[0].layer}, " in result.to_text()
     json.dumps(result.to_dict(), allow_nan=False)
 
 
