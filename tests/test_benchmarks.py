@@ -29,6 +29,14 @@ def test_conversions_beside_cp(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
+def test_analysis_beside_conversions(tmp_path: Path) -> None:
+    sizes = ["--gigabytes", 0.003, "--hidden", 256, "--runs", 1, "--folder", tmp_path]
+    printed = bench("bench_analyze.py", *sizes, "--methods", "int8,fp8:64x64")
+    for row in ("| analyze int8,fp8:64x64 ", "| convert, int8 ", "| convert, fp8:64x64 ", "of the CPU time."):
+        assert row in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scale(tmp_path: Path) -> None:
     sizes = ["--sizes", "0.003,0.006", "--hidden", 256, "--counts", "120", "--gigabytes", 0.002, "--huge", 0.005]
     parts = ["linearity", "tensors", "memory"]
