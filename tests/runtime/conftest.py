@@ -14,6 +14,7 @@ import torch
 from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
+import omni_convert
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.config import LayerRule, QuantizationConfig
 from omni_convert.formats.int8 import Int8
@@ -151,6 +152,18 @@ def qwen_kind(kind: str, qwen_plain: Path, tmp_path_factory: pytest.TempPathFact
 def bert_kind(kind: str, bert_plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BertModel in every kind of format."""
     return quantize_folder(bert_plain, tmp_path_factory.mktemp("bert") / "model", fmt=KINDS[kind])
+
+
+@pytest.fixture
+def model(qwen_kind: Path) -> Any:
+    """``qwen_kind``, loaded."""
+    return omni_convert.load(qwen_kind)
+
+
+@pytest.fixture
+def bert_model(bert_kind: Path) -> Any:
+    """``bert_kind``, loaded."""
+    return omni_convert.load(bert_kind)
 
 
 @pytest.fixture

@@ -18,16 +18,6 @@ pytest.importorskip("peft")
 Inputs = dict[str, Any]
 
 
-@pytest.fixture
-def model(qwen_kind: Path) -> Any:
-    return omni_convert.load(qwen_kind)
-
-
-@pytest.fixture
-def bert(bert_kind: Path) -> Any:
-    return omni_convert.load(bert_kind)
-
-
 def lora(**options: Any) -> Any:
     from peft import LoraConfig
 
@@ -79,11 +69,11 @@ def test_diffusers_adapter(model: Any, qwen_kind: Path, qwen_inputs: Inputs) -> 
     assert torch.equal(run(model, qwen_inputs), trained)
 
 
-def test_peft_model(bert: Any, bert_kind: Path, bert_inputs: Inputs) -> None:
+def test_peft_model(bert_model: Any, bert_kind: Path, bert_inputs: Inputs) -> None:
     from peft import get_peft_model
 
-    before = run(bert, bert_inputs)
-    adapted = get_peft_model(bert, lora())
+    before = run(bert_model, bert_inputs)
+    adapted = get_peft_model(bert_model, lora())
     check_training(adapted, bert_inputs, before, bert_kind)
     with adapted.disable_adapter():
         assert torch.equal(run(adapted, bert_inputs), before)
@@ -92,17 +82,17 @@ def test_peft_model(bert: Any, bert_kind: Path, bert_inputs: Inputs) -> None:
     assert torch.equal(run(unloaded, bert_inputs), before)
 
 
-def test_transformers_adapter(bert: Any, bert_kind: Path, bert_inputs: Inputs, tmp_path: Path) -> None:
-    before = run(bert, bert_inputs)
-    bert.add_adapter(lora())
-    check_training(bert, bert_inputs, before, bert_kind)
-    trained = run(bert, bert_inputs)
-    bert.save_pretrained(tmp_path)
+def test_transformers_adapter(bert_model: Any, bert_kind: Path, bert_inputs: Inputs, tmp_path: Path) -> None:
+    before = run(bert_model, bert_inputs)
+    bert_model.add_adapter(lora())
+    check_training(bert_model, bert_inputs, before, bert_kind)
+    trained = run(bert_model, bert_inputs)
+    bert_model.save_pretrained(tmp_path)
     other = omni_convert.load(bert_kind)
     other.load_adapter(str(tmp_path))
     assert torch.equal(run(other, bert_inputs), trained)
-    bert.delete_adapter("default")
-    assert torch.equal(run(bert, bert_inputs), before)
+    bert_model.delete_adapter("default")
+    assert torch.equal(run(bert_model, bert_inputs), before)
 
 
 def test_an_adapter_compiles_and_offloads(model: Any, qwen_inputs: Inputs) -> None:
@@ -121,7 +111,7 @@ def test_an_adapter_compiles_and_offloads(model: Any, qwen_inputs: Inputs) -> No
 
 
 @pytest.mark.parametrize("safe", [False, True])
-def test_merging_is_refused(model: Any, bert: Any, qwen_kind: Path, qwen_inputs: Inputs, safe: bool) -> None:
+def test_merging_is_refused(model: Any, bert_model: Any, qwen_kind: Path, qwen_inputs: Inputs, safe: bool) -> None:
     """PEFT would add to the codes as if they were weights; ``safe``, rounded to whole codes and without an error."""
     from peft import get_peft_model
 
@@ -134,7 +124,7 @@ def test_merging_is_refused(model: Any, bert: Any, qwen_kind: Path, qwen_inputs:
     model.unload_lora()
     assert_holds(model, qwen_kind)
     with pytest.raises(OmniConvertError, match=message):
-        get_peft_model(bert, lora()).merge_and_unload(safe_merge=safe)
+        get_peft_model(bert_model, lora()).merge_and_unload(safe_merge=safe)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
@@ -157,9 +147,9 @@ def test_adapters_do_what_they_do_to_the_dequantized_model(
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
-def test_initializations_that_change_the_weight_fail(bert: Any, init: str) -> None:
+def test_initializations_that_change_the_weight_fail(bert_model: Any, init: str) -> None:
     """PEFT's own errors, for weights that are not floating-point numbers."""
     from peft import get_peft_model
 
     with pytest.raises((TypeError, RuntimeError), match=r"Unsupported data type|Please initialize|floating point"):
-        get_peft_model(bert, lora(init_lora_weights=init))
+        get_peft_model(bert_model, lora(init_lora_weights=init))

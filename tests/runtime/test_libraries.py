@@ -20,16 +20,6 @@ BF16 = torch.bfloat16
 Duplicate = Callable[[nn.Module], nn.Module]
 
 
-@pytest.fixture
-def model(qwen_kind: Path) -> Any:
-    return omni_convert.load(qwen_kind)
-
-
-@pytest.fixture
-def bert(bert_kind: Path) -> Any:
-    return omni_convert.load(bert_kind)
-
-
 def float32(inputs: dict[str, Any]) -> dict[str, Any]:
     return {k: v.float() if isinstance(v, torch.Tensor) and v.dtype == BF16 else v for k, v in inputs.items()}
 
@@ -42,18 +32,18 @@ def test_output_is_that_of_the_dequantized_model(qwen_kind: Path, kind: str, qwe
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies(
-    model: Any, bert: Any, qwen_kind: Path, bert_kind: Path, duplicate: Duplicate,
+    model: Any, bert_model: Any, qwen_kind: Path, bert_kind: Path, duplicate: Duplicate,
     qwen_inputs: dict[str, Any], bert_inputs: dict[str, Any], tmp_path: Path,
 ) -> None:  # fmt: skip
-    for original, inputs, folder in ((model, qwen_inputs, qwen_kind), (bert, bert_inputs, bert_kind)):
+    for original, inputs, folder in ((model, qwen_inputs, qwen_kind), (bert_model, bert_inputs, bert_kind)):
         other = duplicate(original)
         assert torch.equal(run(other, inputs), run(original, inputs))
         assert_holds(other, folder)
         assert_saves_same(other, folder, tmp_path / folder.name)
 
 
-def test_moving_changes_nothing(model: Any, bert: Any, qwen_kind: Path, bert_kind: Path) -> None:
-    for loaded, folder in ((model, qwen_kind), (bert, bert_kind)):
+def test_moving_changes_nothing(model: Any, bert_model: Any, qwen_kind: Path, bert_kind: Path) -> None:
+    for loaded, folder in ((model, qwen_kind), (bert_model, bert_kind)):
         loaded.to("cpu").to(torch.device("cpu"))
         assert_holds(loaded, folder)
         dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -61,9 +51,9 @@ def test_moving_changes_nothing(model: Any, bert: Any, qwen_kind: Path, bert_kin
         assert {name: tensor.dtype for name, tensor in moved.state_dict().items()} == dtypes
 
 
-def test_the_dtype_of_a_model_is_that_of_its_activations(model: Any, bert: Any) -> None:
+def test_the_dtype_of_a_model_is_that_of_its_activations(model: Any, bert_model: Any) -> None:
     """Also of each part: libraries cast activations to it."""
-    for loaded in (model, bert):
+    for loaded in (model, bert_model):
         assert loaded.dtype == BF16
         for layer in layers_of(loaded).values():
             assert not layer.weight.is_floating_point()
@@ -102,11 +92,11 @@ def test_compiles_without_breaks(model: Any, qwen_inputs: dict[str, Any]) -> Non
     assert torch.allclose(found, expected, rtol=0.05, atol=0.05)
 
 
-def test_compiles_for_transformers(bert: Any, bert_inputs: dict[str, torch.Tensor]) -> None:
+def test_compiles_for_transformers(bert_model: Any, bert_inputs: dict[str, torch.Tensor]) -> None:
     torch._dynamo.reset()
-    expected = run(bert, bert_inputs)
-    bert.compile(backend="aot_eager")
-    assert torch.allclose(run(bert, bert_inputs), expected, rtol=0.05, atol=0.05)
+    expected = run(bert_model, bert_inputs)
+    bert_model.compile(backend="aot_eager")
+    assert torch.allclose(run(bert_model, bert_inputs), expected, rtol=0.05, atol=0.05)
 
 
 def test_gradients_reach_the_activations(qwen_kind: Path, kind: str, qwen_inputs: dict[str, Any]) -> None:
@@ -132,9 +122,9 @@ def test_gradient_checkpointing(model: Any, qwen_inputs: dict[str, Any]) -> None
     assert torch.equal(*gradients)
 
 
-def test_the_grad_flag_of_codes_stays_off(model: Any, bert: Any) -> None:
+def test_the_grad_flag_of_codes_stays_off(model: Any, bert_model: Any) -> None:
     """``requires_grad_`` of a model asks for gradients of all floating-point parameters."""
-    for loaded in (model, bert):
+    for loaded in (model, bert_model):
         for layer in layers_of(loaded).values():
             assert not layer.weight.requires_grad
             with pytest.raises(RuntimeError, match="floating point"):

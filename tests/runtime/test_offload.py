@@ -21,11 +21,6 @@ Inputs = dict[str, Any]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def model(qwen_kind: Path) -> Any:
-    return omni_convert.load(qwen_kind)
-
-
 def are_on(model: Any, device: str) -> bool:
     return {layer.weight.device.type for layer in layers_of(model).values()} == {device}
 
