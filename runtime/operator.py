@@ -65,8 +65,8 @@ def quantized_linear(
     """``x``: (..., K); ``weight``: (N, K) codes, as a layer holds them or as on disk; ``bias``: (N,).
 
     ``scales``: the other tensors of the format, in its order. ``handle``: of ``prepared``. ``format``: see
-    ``format_text``. Returns (..., N) in the dtype of ``x``. Differentiable in ``x`` and ``bias``, as if the activations
-    were not quantized (straight through).
+    ``format_text``. Returns (..., N) in the dtype of ``x``; under autocast ``x`` is cast first, as for ``F.linear``.
+    Differentiable in ``x`` and ``bias``, as if the activations were not quantized (straight through).
 
     Raises:
         OmniConvertError: dtype, shape or device of ``x`` do not fit the layer, or those of its tensors the format.
@@ -78,7 +78,12 @@ def quantized_linear(
     rows, columns = weight.shape
     kernel = choose(fmt, (rows, columns), device_of(x.device)).kernel
     y = kernel.run(fmt, x.reshape(-1, columns), tensors, bias, handle)
-    return y.reshape(*x.shape[:-1], rows)
+    return _own(y.reshape(*x.shape[:-1], rows))
+
+
+def _own(y: Tensor) -> Tensor:
+    """The same memory, but no view: what an operator with gradients returns as one cannot be changed in place."""
+    return y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
 
 
 @quantized_linear.register_fake
@@ -86,6 +91,24 @@ def _fake(
     x: Tensor, weight: Tensor, scales: Sequence[Tensor], bias: Tensor | None, handle: Tensor, format: str
 ) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _register_autocast(key: str, device: str) -> None:
+    """``torch.library.register_autocast`` would cast to one dtype for ever, and the scales too."""
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_and_run(x: Tensor, *args: Any) -> Any:
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return quantized_linear._opoverload(x, *args)
+
+    _LIBRARY.impl("quantized_linear", cast_and_run, key)  # type: ignore[no-untyped-call]
+
+
+_LIBRARY = torch.library.Library("omni_convert", "FRAGMENT")  # type: ignore[no-untyped-call]
+_register_autocast("AutocastCPU", "cpu")
+_register_autocast("AutocastCUDA", "cuda")
 
 
 @torch.library.custom_op(

@@ -221,3 +221,5 @@ def test_operator_passes_torchs_own_checks() -> None:
     x, weight, scale, bias = operands(3, (8, 16), torch.float32)
     args = (x.requires_grad_(), weight, [scale], bias.requires_grad_(), new_handle(weight), format_text(INT8))
     torch.library.opcheck(quantized_linear, args)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.library.opcheck(quantized_linear, args)

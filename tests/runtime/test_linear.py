@@ -291,3 +291,35 @@ def test_compiles_with_inductor(layer: QuantizedLinear, x: torch.Tensor) -> None
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
         assert torch.equal(compiled(x[:3]), layer(x[:3]))
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+def test_output_can_be_changed_in_place(layer: QuantizedLinear, shape: tuple[int, ...]) -> None:
+    """As by ``nn.ReLU(inplace=True)``: also where gradients flow, which forbid it for views."""
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    before = layer(x)
+    y = layer(x)
+    y += 1
+    y.relu_().sum().backward()
+    assert torch.equal(y, (before + 1).relu())
+    assert x.grad is not None
+    assert torch.equal(x.grad, ((before + 1) > 0).bfloat16() @ layer.format.dequantize(layer.tensors()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_a_linear(layer: QuantizedLinear, dtype: torch.dtype) -> None:
+    layer.float()
+    x = torch.randn(5, 64, requires_grad=True)
+    expected = layer(x.to(dtype))
+    torch._dynamo.reset()
+    grads = []
+    for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        with torch.autocast("cpu", dtype):
+            found = module(x)
+        assert (found.dtype, torch.equal(found, expected)) == (dtype, True)
+        found.float().square().sum().backward()
+        assert x.grad is not None
+        grads.append(x.grad)
+        x.grad = None
+    assert torch.equal(*grads)
+    assert layer(x).dtype == torch.float32
