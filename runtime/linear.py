@@ -14,6 +14,15 @@ from omni_convert.runtime.kernels import choose, device_of
 from omni_convert.runtime.operator import HELD, as_codes, format_text, quantized_linear, stored_tensors
 from omni_convert.runtime.prepared import new_handle, release
 
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}
+
+
+def take_over(old: nn.Linear, new: nn.Linear) -> None:
+    """Give ``new``, which takes the place of ``old``, what ``old`` carries: its mode, its hooks, which can still be
+    removed by their handles, and what a library notes on it."""
+    carried = {name: value for name, value in vars(old).items() if name in _OF_ANY_MODULE or name not in vars(new)}
+    vars(new).update(carried)
+
 
 class QuantizedLinear(nn.Linear):
     """A linear that holds the tensors of a checkpoint, under their names and in their shapes.

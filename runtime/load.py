@@ -16,7 +16,7 @@ import torch
 
 from omni_convert.formats import FORMATS
 from omni_convert.formats.config import asks_online, stored_config
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.runtime.component import OPENED, Component, read_component
 from omni_convert.runtime.kernels import check_format, device_of
@@ -56,7 +56,7 @@ def load(
     target = parse_device(device)
     for fmt in {fmt for part in (online or {}).values() for fmt in part.config.formats}:
         check_format(fmt, device_of(target))
-    tokens = LOADING.set(rank), OPENED.set({})
+    tokens = LOADING.set(rank and replace(rank, device=target.type)), OPENED.set({})
     try:
         if (folder / PIPELINE_INDEX).is_file():
             return _load_pipeline(folder, target, dtype, online)
@@ -244,6 +244,13 @@ def parse_device(device: str | torch.device) -> torch.device:
             f"device {device!r} was asked for, but PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA "
             "devices. Use device='cpu', or a PyTorch build and driver that see the GPU."
         )
+    try:
+        torch.empty(0, device=parsed)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        raise OmniConvertError(
+            f"device {device!r} was asked for, but PyTorch {torch.__version__} cannot use it here "
+            f"({printable(str(error).splitlines()[0])}). Use device='cpu', or a PyTorch build for that device."
+        ) from error
     return parsed
 
 

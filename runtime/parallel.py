@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
-from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.formats.microscaling import BLOCK
+from omni_convert.formats.mxfp4_dualscale import GROUP
+from omni_convert.runtime.linear import QuantizedLinear, take_over
 
 ASCEND_BLOCK = 64
 """Columns of MX formats that Ascend's kernels take together."""
@@ -26,10 +28,11 @@ ASCEND_BLOCK = 64
 
 @dataclass(frozen=True)
 class Rank:
-    """One of ``size`` processes that run a model together."""
+    """One of ``size`` processes that run a model together. ``device``: the type of all their devices."""
 
     index: int
     size: int
+    device: str = "cpu"
 
 
 def parse_rank(index: int | None, size: int | None) -> Rank | None:
@@ -40,8 +43,8 @@ def parse_rank(index: int | None, size: int | None) -> Rank | None:
     """
     if index is None and size is None:
         return None
-    if index is None or size is None or not 0 <= index < size:
-        raise UsageError(f"tp_rank is {index} and tp_size {size}, expected both, and 0 <= tp_rank < tp_size.")
+    if type(index) is not int or type(size) is not int or not 0 <= index < size:
+        raise UsageError(f"tp_rank is {index!r}, tp_size {size!r}, expected two integers, 0 <= tp_rank < tp_size.")
     return Rank(index, size) if size > 1 else None
 
 
@@ -83,7 +86,7 @@ def split_linears(model: nn.Module, rank: Rank) -> dict[str, Split]:
         part = _part_of(linear, split, rank)
         if split.dim == 1:
             part.register_forward_hook(_add_up)
-        model.set_submodule(name, part.train(linear.training))
+        model.set_submodule(name, part)
     return found
 
 
@@ -93,12 +96,15 @@ def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
     sides[split.dim] //= rank.size
     rows, columns = sides
     has_bias, device = linear.bias is not None, linear.weight.device
+    part: nn.Linear
     if isinstance(linear, QuantizedLinear):
         dtype = linear.bias.dtype if has_bias else None
         part = QuantizedLinear(columns, rows, has_bias, device, dtype, fmt=linear.format)
         part.await_stored()
-        return part
-    return nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
+    else:
+        part = nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
+    take_over(linear, part)
+    return part
 
 
 def _splits(model: Any, rank: Rank) -> dict[str, Split]:
@@ -136,23 +142,24 @@ def _check_split(layer: str, fmt: Format, split: Split, rank: Rank) -> None:
     """Raises:
     OmniConvertError: a cut falls between weights that share a scale.
     """
-    unit = fmt.rows_per_scale if split.dim == 0 else _columns_per_scale(fmt)
+    unit = fmt.rows_per_scale if split.dim == 0 else _columns_per_scale(fmt, rank.device)
     for start, stop in split.ranges(rank):
         if start % unit or stop % unit:
             what = "row" if split.dim == 0 else "column"
             raise OmniConvertError(
                 f"{printable(layer)}: rank {rank.index} of {rank.size} would hold the {what}s from {start} to {stop}, "
-                f"expected multiples of {unit}, which share a scale in {fmt.name}. Use fewer ranks, or convert again "
-                "and keep this layer (--ignore)."
+                f"expected multiples of {unit}, which {fmt.name} keeps together on {rank.device}. Use fewer ranks, "
+                "or convert again and keep this layer (--ignore)."
             )
 
 
-def _columns_per_scale(fmt: Format) -> int:
-    """How many columns share a scale and so stay together; 1 if whole rows do."""
+def _columns_per_scale(fmt: Format, device: str) -> int:
+    """How many columns share a scale, or are taken together on a device, and so stay together; 1 if whole rows do."""
     block = getattr(fmt, "block_size", None)
     if block:
         return int(block[1])
-    return {"mxfp8": ASCEND_BLOCK, "mxfp4": ASCEND_BLOCK, "mxfp4_dualscale": 512}.get(fmt.name, 1)
+    mx_block = ASCEND_BLOCK if device == "npu" else BLOCK
+    return {"mxfp8": mx_block, "mxfp4": mx_block, "mxfp4_dualscale": GROUP}.get(fmt.name, 1)
 
 
 def local_tensors(fmt: Format | None, tensors: Mapping[str, Tensor], split: Split, rank: Rank) -> dict[str, Tensor]:

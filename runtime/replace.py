@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,7 +14,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
 from omni_convert.runtime.kernels import check_format, device_of
-from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.linear import QuantizedLinear, take_over
 from omni_convert.runtime.online import Online
 
 
@@ -49,7 +50,7 @@ def replace_linears(
             that is missing, not an ``nn.Linear``, of another shape, or whose bias is missing on disk.
     """
     where = type(model).__name__
-    replaced = {}
+    replaced, places = {}, _places(model)
     for layer in online.layers if online else quantized_layers(tensors, config, where):
         name = layer if modules is None else modules[layer]
         if name is None:
@@ -62,7 +63,7 @@ def replace_linears(
             )
         quantized = _like(linear, online.layers[layer].format if online else config.format_on_disk(layer))
         quantized.await_stored()
-        model.set_submodule(name, quantized)
+        _put(model, places[linear], quantized)
         replaced[name] = layer
     return replaced
 
@@ -76,6 +77,7 @@ def quantize_linears(model: nn.Module, online: Online) -> None:
     for layer, plan in online.layers.items():
         check_format(plan.format, device_of(online.weight(layer).device))
         online.check(layer)
+    places = _places(model)
     for layer in online.layers:
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
@@ -83,7 +85,7 @@ def quantize_linears(model: nn.Module, online: Online) -> None:
         fill(quantized, online.tensors(layer))
         if linear.bias is not None:
             quantized.bias = linear.bias
-        model.set_submodule(layer, quantized)
+        _put(model, places[linear], quantized)
 
 
 def fill(module: nn.Linear, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -105,7 +107,40 @@ def _like(linear: nn.Linear, fmt: Format, device: torch.device | None = None) ->
         dtype=linear.weight.dtype,
         fmt=fmt,
     )
-    return quantized.train(linear.training)
+    take_over(linear, quantized)
+    return quantized
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every linear of ``model`` -> its names: a module may be in several places."""
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            places[module].append(name)
+    return places
+
+
+def _put(model: nn.Module, names: Iterable[str], quantized: QuantizedLinear) -> None:
+    for name in names:
+        model.set_submodule(name, quantized)
+
+
+def refuse_module(model: nn.Module, name: str) -> str | None:
+    """Why a module cannot be replaced by a quantized one, after its name; None if it can.
+
+    What reads ``weight`` itself would take codes for a float weight: subclasses may, and parts of PyTorch do.
+    """
+    module, parent = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__name__}, expected nn.Linear"
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        return "is in an nn.TransformerEncoderLayer, expected elsewhere: that one reads the weight itself"
+    held = {*module._parameters, *module._buffers, *module._modules}
+    if held != {"weight", "bias"}:
+        return f"holds {', '.join(sorted(held))}, expected weight and bias only"
+    if "forward" in vars(module):
+        return "has a forward of its own, as Accelerate's hooks give it, expected none: quantize before adding hooks"
+    return None
 
 
 def check_loaded(model: nn.Module, names: Iterable[str]) -> None:
@@ -136,12 +171,13 @@ def _find_linear(model: nn.Module, name: str, layer: str, shape: tuple[int, ...]
             f"{where}: the checkpoint has a quantized layer {layer}, but the model has no module {name}. "
             "Load it with the class that its config names, in a version of the library that knows this model."
         ) from error
-    # Subclasses, and torch's own attention, read `weight` themselves: codes would pass for a float weight there.
-    if type(module) is not nn.Linear:
+    refusal = refuse_module(model, name)
+    if refusal is not None:
         raise OmniConvertError(
-            f"{where}: the checkpoint has a quantized layer {layer}, but module {name} is a "
-            f"{type(module).__name__}, expected nn.Linear. Convert again and leave this layer unquantized."
+            f"{where}: the checkpoint has a quantized layer {layer}, but module {name} {refusal}. Convert again and "
+            "leave this layer unquantized."
         )
+    assert isinstance(module, nn.Linear)
     if (module.out_features, module.in_features) != shape:
         raise OmniConvertError(
             f"{where}: tensor {layer}.weight has shape {shape}, but module {name} expects "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections import defaultdict
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from omni_convert.runtime.online import Online
     from omni_convert.runtime.parallel import Rank
+
+_log = logging.getLogger(__name__)
 
 FALLBACK_BLOCKS = 5
 """Leading blocks that vLLM-Omni's online ``mxfp4_dualscale`` leaves in BF16 unless it is told otherwise."""
@@ -81,18 +84,38 @@ def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) 
 
     from omni_convert.runtime.replace import quantize_linears
 
-    made = _plan(_as_checkpoint(model), *_recipe(quantization, choices))
+    whole = _whole(model)
+    made = _plan(_as_checkpoint(whole), *_recipe(quantization, choices))
 
     def weight(layer: str) -> torch.Tensor:
-        linear = model.get_submodule(layer)
+        linear = whole.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
         return linear.weight
 
     online = _online(made.components[0], weight)
-    quantize_linears(model, online)
-    if library := _library(model):
-        import_module(f"omni_convert.runtime.{library}_plugin").announce(model, online.config.to_dict())
+    quantize_linears(whole, online)
+    if library := _library(whole):
+        import_module(f"omni_convert.runtime.{library}_plugin").announce(whole, online.config.to_dict())
     return model
+
+
+def _whole(model: Any) -> nn.Module:
+    """The model in which linears are replaced: of a compiled one what was compiled, and compiles again."""
+    from torch import nn
+
+    whole = getattr(model, "_orig_mod", model)
+    name = type(whole).__name__
+    if not isinstance(whole, nn.Module):
+        raise OmniConvertError(
+            f"found a {name}, expected a model (nn.Module). Of a pipeline pass the part that is to be quantized, such "
+            "as pipe.transformer, or load it with omni_convert.load(folder, quantization=...)."
+        )
+    if isinstance(whole, nn.Linear):
+        raise OmniConvertError(
+            f"found the layer itself ({name}), expected a model that holds it, for it is replaced there. Wrap it: "
+            "nn.Sequential(layer)."
+        )
+    return whole
 
 
 def _library(model: nn.Module) -> str | None:
@@ -169,22 +192,30 @@ def _as_checkpoint(model: nn.Module) -> Checkpoint:
     from torch import nn
 
     from omni_convert.runtime.linear import QuantizedLinear
+    from omni_convert.runtime.replace import refuse_module
 
     name = type(model).__name__
-    tensors = {}
+    tensors, kept = {}, defaultdict(list)
     for layer, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             raise OmniConvertError(
                 f"{name}: {layer} is quantized already, expected a model of plain weights. Load the original anew."
             )
-        if type(module) is nn.Linear:  # subclasses, and torch's own attention, read `weight` themselves
-            if module.weight.is_meta:
-                raise OmniConvertError(
-                    f"{name}: the weight of {layer} is on device meta, expected it in memory. Load the weights first, "
-                    "without offloading them."
-                )
-            own = module.named_parameters(recurse=False)
-            tensors.update({f"{layer}.{key}": TensorSpec(*_spec(tensor)) for key, tensor in own})
+        if not isinstance(module, nn.Linear):
+            continue
+        if (reason := refuse_module(model, layer)) is not None:
+            kept[reason].append(layer)
+            continue
+        if module.weight.is_meta:
+            raise OmniConvertError(
+                f"{name}: the weight of {layer} is on device meta, expected it in memory. Load the weights first, "
+                "without offloading them."
+            )
+        own = module.named_parameters(recurse=False)
+        tensors.update({f"{layer}.{key}": TensorSpec(*_spec(tensor)) for key, tensor in own})
+    for reason, layers in kept.items():
+        more = f" (like {len(layers) - 1} others)" if len(layers) > 1 else ""
+        _log.warning("%s: %s%s stays unquantized: it %s", name, layers[0], more, reason)
     if not tensors:
         raise OmniConvertError(f"{name}: holds no nn.Linear, expected some to quantize.")
     shards = Shards(headers=(_header(name, tensors),), index_name=None, index_metadata={})

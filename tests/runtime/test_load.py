@@ -227,7 +227,12 @@ def test_unfinished_conversion_is_refused(qwen: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("toaster", "'toaster' is not known"), ("cuda:99", "CUDA devices")],
+    [
+        ("toaster", "'toaster' is not known"),
+        ("cuda:99", "CUDA devices"),
+        ("xpu:0", "'xpu:0' was asked for, but PyTorch .* cannot use it here"),
+        ("mps", "'mps' was asked for, but PyTorch .* cannot use it here"),
+    ],
 )
 def test_devices_that_cannot_run_it(qwen: Path, device: str, message: str) -> None:
     with pytest.raises(OmniConvertError, match=message):

@@ -17,7 +17,7 @@ import omni_convert
 from omni_convert import OmniConvertError, UsageError
 from omni_convert.formats.base import Facts, Format
 from omni_convert.runtime.linear import QuantizedLinear
-from omni_convert.runtime.parallel import Rank, Split, local_tensors
+from omni_convert.runtime.parallel import Rank, Split, _check_split, local_tensors
 
 SPLIT = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2")
 FITS = [kind for kind in CHOICES if kind != "mxfp4_dualscale"]  # its groups of 512 columns are wider than a part here
@@ -74,6 +74,55 @@ def test_two_processes_are_one(kind: str, wide_plain: Path, qwen_inputs: dict[st
     assert torch.equal(state[f"{block}img_mod.1.weight"], whole.state_dict()[f"{block}img_mod.1.weight"])
 
 
+FLUX: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "FLUX.1": (
+        "FluxTransformer2DModel",
+        {"in_channels": 16, "joint_attention_dim": 32, "pooled_projection_dim": 32},
+        {"pooled_projections": (1, 32)},
+    ),
+    "FLUX.2": (
+        "Flux2Transformer2DModel",
+        {"in_channels": 16, "joint_attention_dim": 32, "guidance_embeds": False, "mlp_ratio": 4.0},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["int8", "mxfp8"])
+@pytest.mark.parametrize("name", FLUX)
+def test_packed_layers_are_split_block_by_block(name: str, kind: str, tmp_path: Path) -> None:
+    """Diffusers notes on some linears of FLUX which blocks they are made of."""
+    import diffusers
+
+    model_class, sizes, more = FLUX[name]
+    axes = (8, 12, 12) if name == "FLUX.1" else (8, 8, 8, 8)
+    torch.manual_seed(0)
+    model = getattr(diffusers, model_class)(
+        num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=32, axes_dims_rope=axes, **sizes
+    )
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    omni_convert.convert(tmp_path / "plain", tmp_path / "model", **CHOICES[kind])
+    inputs = {
+        "hidden_states": torch.randn(1, 6, 16).bfloat16(),
+        "encoder_hidden_states": torch.randn(1, 5, 32).bfloat16(),
+        "timestep": torch.tensor([0.5]).bfloat16(),
+        "img_ids": torch.zeros(6, len(axes)),
+        "txt_ids": torch.zeros(5, len(axes)),
+        "return_dict": False,
+        **{key: torch.randn(shape).bfloat16() for key, shape in more.items()},
+    }
+    whole = omni_convert.load(tmp_path / "model")
+    with torch.inference_mode():
+        expected = whole(**inputs)[0]
+    (first, state), (second, _) = run_ranks(tmp_path / "model", inputs, tmp_path)
+    assert torch.equal(first, second)
+    assert (first - expected).norm() / expected.norm() < 0.01
+    layer = "proj_out" if name == "FLUX.1" else "attn.to_out"
+    key = f"single_transformer_blocks.0.{layer}"
+    assert isinstance(whole.get_submodule(key), QuantizedLinear)
+    assert state[f"{key}.weight"].numel() * 2 == whole.state_dict()[f"{key}.weight"].numel()
+
+
 @pytest.mark.parametrize("kind", FITS)
 def test_parts_make_the_whole(kind: str, wide_plain: Path, tmp_path: Path) -> None:
     """Every rank's codes and scales, put together, are those on disk."""
@@ -127,14 +176,25 @@ def test_cuts_within_a_block_are_refused(wide_plain: Path, tmp_path: Path) -> No
         omni_convert.load(folder, tp_rank=0, tp_size=3)
 
 
+def test_mx_blocks_are_cut_apart_but_for_ascend(wide_plain: Path, tmp_path: Path) -> None:
+    folder = convert(wide_plain, tmp_path / "mxfp8", "mxfp8")
+    part = omni_convert.load(folder, tp_rank=1, tp_size=4)
+    assert part.transformer_blocks[0].attn.to_out[0].weight.shape == (128, 32)
+    split = Split(1, (128,))
+    with pytest.raises(OmniConvertError, match="from 32 to 64, expected multiples of 64, which mxfp8 keeps together"):
+        _check_split("layer", KINDS["mxfp8"], split, Rank(1, 4, "npu"))
+    with pytest.raises(OmniConvertError, match="from 16 to 32, expected multiples of 32"):
+        _check_split("layer", KINDS["mxfp8"], split, Rank(1, 8))
+
+
 def test_what_cannot_be_split(bert: Path, zimage: Path, qwen: Path, qwen_inputs: dict[str, Any]) -> None:
     with pytest.raises(OmniConvertError, match="expected a model of Diffusers"):
         omni_convert.load(bert, tp_rank=0, tp_size=2)
     with pytest.raises(OmniConvertError, match="has no plan for tensor parallelism"):
         omni_convert.load(zimage, tp_rank=0, tp_size=2)
-    for rank, size in ((None, 2), (0, None), (2, 2), (-1, 2)):
+    for rank, size in ((None, 2), (0, None), (2, 2), (-1, 2), ("0", 2), (0, "2"), (True, 2)):
         with pytest.raises(UsageError, match="tp_rank is"):
-            omni_convert.load(qwen, tp_rank=rank, tp_size=size)
+            omni_convert.load(qwen, tp_rank=rank, tp_size=size)  # type: ignore[arg-type]
     part = omni_convert.load(qwen, tp_rank=0, tp_size=2)
     with pytest.raises(OmniConvertError, match="expected a process group"):
         part(**qwen_inputs)
