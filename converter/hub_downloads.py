@@ -121,8 +121,10 @@ class Downloads:
             yield
         finally:
             self.give_up()
-            self._thread.join(timeout=2)  # what is under way cannot always be stopped
-            self._thread = None
+            thread, self._thread = self._thread, None
+            thread.join(timeout=2)  # what is under way cannot always be stopped
+            if not thread.is_alive():
+                self._stop.clear()
 
     def give_up(self) -> None:
         """Let nobody wait any more, since the run stops."""

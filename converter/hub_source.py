@@ -36,7 +36,14 @@ class HubSource:
         self.root.mkdir()
         self.listing: Listing = list_repo(repo)
         self.downloads = Downloads(self.listing, self.root)
-        self.left_out = make_view(self.listing, self.downloads, self.root)
+        try:
+            with self.naming():
+                self.left_out = make_view(self.listing, self.downloads, self.root)
+        except OSError as error:
+            raise OmniConvertError(
+                f"{error.filename or folder}: cannot be written ({error.strerror}). Check the disk of temporary files "
+                "(TMPDIR) and that of the Hub cache (HF_HOME), then run again."
+            ) from error
         remember(self.listing)
 
     def __str__(self) -> str:

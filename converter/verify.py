@@ -19,6 +19,7 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.contract import check_contract, is_quantized
 from omni_convert.converter.files import processors
 from omni_convert.converter.hashes import file_problems
+from omni_convert.converter.hub_source import local_folder
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import layer_formats, read_manifest
 from omni_convert.converter.recipe import Recipe
@@ -78,7 +79,8 @@ class Verification:
 def verify(
     out: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, progress: bool = False
 ) -> Verification:
-    """Check the converted checkpoint ``out``, and with ``source`` also what quantization did to every layer.
+    """Check the converted checkpoint ``out``, and with ``source``, a path or a repository on the Hub, also what
+    quantization did to every layer.
 
     Of a quantized folder without a manifest, only whether vLLM-Omni could load it is checked.
 
@@ -103,7 +105,7 @@ def verify(
             continue
         result.checks += _check_component(components[name], recipe, formats[name], entry["tensors"], _title(name))
     if source is not None:
-        original = Path(os.path.abspath(source))
+        original = Path(os.path.abspath(local_folder(source)))
         result.checks.append(check_source(original, manifest["source"]))
         if result.ok:
             for name, component in components.items():

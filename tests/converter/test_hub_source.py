@@ -157,6 +157,14 @@ def test_revisions(hub: HubServer, cli: Cli, qwen_image: Path, tmp_path: Path) -
         assert manifest(cli.folder / out)["source"]["revision"] == old
 
 
+def test_verify_against_the_hub(hub: HubServer, cli: Cli, qwen_image: Path, int8_output: Path) -> None:
+    hub.store.add_folder("org/qwen", qwen_image)
+    found = json.loads(cli.succeeds("verify", str(int8_output), "--source", "org/qwen", "--json"))
+    assert found["ok"]
+    tensors = manifest(int8_output)["components"]["transformer"]["tensors"].values()
+    assert len(found["layers"]) == sum(tensor["action"] == "int8" for tensor in tensors) > 0
+
+
 _SCRATCH = """
 import sys, time, threading
 from pathlib import Path

@@ -241,6 +241,29 @@ def test_sizes_that_cannot_be(qwen: HubServer, cli: Cli, size: int) -> None:
     assert f"large.txt has {size} bytes, expected a size" in cli.fails("--method", "fp8", "org/qwen", "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("model_index.json", b"[]", "/model_index.json: found a JSON list, expected an object"),
+        ("transformer/diffusion_pytorch_model.safetensors.index.json", b"{}", "index.json: found no weight_map"),
+        ("transformer/config.json", b"{", "transformer/config.json: is not valid JSON"),
+    ],
+)
+def test_malformed_json(qwen: HubServer, cli: Cli, name: str, content: bytes, text: str) -> None:
+    repo = qwen.store.repos["org/qwen"]
+    repo.add("main", "hostile", dict(repo.commit("main").files) | {name: qwen.store.small(content)}, None)
+    found = cli.fails("--method", "fp8", "org/qwen", "out")
+    assert f"org/qwen@{repo.refs['main'][:12]}/" in found and text in found
+    assert "/tmp" not in found
+
+
+def test_a_file_where_a_folder_is(qwen: HubServer, cli: Cli) -> None:
+    repo = qwen.store.repos["org/qwen"]
+    files = dict(repo.commit("main").files)
+    repo.add("main", "hostile", files | {"vae/config.json/more.txt": files["README.md"]}, None)
+    assert "cannot be written (" in cli.fails("--method", "fp8", "org/qwen", "out")
+
+
 def test_headers_that_lie(qwen: HubServer, cli: Cli) -> None:
     repo = qwen.store.repos["org/qwen"]
     name = f"transformer/{SHARD}"
