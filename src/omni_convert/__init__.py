@@ -114,12 +114,18 @@ def load(
 
     rank = parse_rank(tp_rank, tp_size)
     path = local_folder(path)
-    if quantization is None and not {"method", "recipe", "components"} & choices.keys():
+    asks = quantization is None and not {"method", "recipe", "components"} & choices.keys()
+    if asks:
         quantization = asked_online(path)
     if quantization is not None or choices:
         from omni_convert.online import load_online
 
-        return load_online(path, quantization, device=device, dtype=dtype, rank=rank, **choices)
+        try:
+            return load_online(path, quantization, device=device, dtype=dtype, rank=rank, **choices)
+        except UsageError as error:
+            if not asks or quantization is None:
+                raise
+            raise UsageError(f"{path}: its quantization_config asks for what cannot be done. {error}") from error
     return load_folder(path, device=device, dtype=dtype, rank=rank)
 
 
