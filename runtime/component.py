@@ -5,7 +5,7 @@ No weight is read here. Everything that can be wrong with a checkpoint is found 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,12 @@ from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig, asks_online, parse_config, stored_config
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.header import FLOAT_DTYPES, Header, TensorSpec, read_header
 from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
+
+_OPTIONS = (Fp8(activation_scheme="static"), Fp8(granularity="block"))
+"""With suffixes that ``FORMATS``, which have the default of every option, lack."""
 
 OPENED: ContextVar[dict[Path, Header] | None] = ContextVar("OPENED", default=None)
 """While a checkpoint is loaded, the headers read so far: the libraries' plug-ins are only told the files."""
@@ -155,7 +159,41 @@ def quantized_layers(
             f"{where}: layer {layer} is in ignored_layers but has {_scale_of(layer, tensors, config)}, expected one or "
             "the other. Convert the checkpoint again."
         )
-    return {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
+    shapes = {layer: _layer_shape(layer, tensors, config, where) for layer in sorted(names)}
+    _check_others(tensors, names, config, where)
+    return shapes
+
+
+def _check_others(
+    tensors: Mapping[str, TensorSpec], layers: Collection[str], config: QuantizationConfig, where: str
+) -> None:
+    """Whether quantized layers have tensors that their formats do not know, and others the scales of any format."""
+    suffixes = {suffix for fmt in (*FORMATS.values(), *_OPTIONS) for suffix in fmt.suffixes} - {"weight"}
+    for name in tensors:
+        layer, _, suffix = name.rpartition(".")
+        if layer in layers:
+            fmt = config.format_on_disk(layer)
+            if suffix not in (*fmt.suffixes, "bias"):
+                raise OmniConvertError(
+                    f"{where}: layer {layer} is announced as {fmt.name} but has {name}, expected no such tensor beside "
+                    f"{', '.join(fmt.suffixes)} and bias. Convert the checkpoint again."
+                )
+        elif suffix in suffixes:
+            raise OmniConvertError(
+                f"{where}: found tensor {name}, expected none because layer {layer} is not quantized. Convert the "
+                "checkpoint again."
+            )
+        elif above := next((above for above in _above(layer) if above in layers), None):
+            raise OmniConvertError(
+                f"{where}: found tensor {name} within layer {above}, which is quantized, expected no such tensor. "
+                "Convert the checkpoint again."
+            )
+
+
+def _above(layer: str) -> Iterator[str]:
+    """The modules that hold a layer, from the inside."""
+    while layer := layer.rpartition(".")[0]:
+        yield layer
 
 
 def _check_plain(tensors: Mapping[str, TensorSpec], config_path: Path) -> None:
@@ -189,12 +227,6 @@ def _layer_shape(
             raise OmniConvertError(
                 f"{where}: tensor {layer}.{suffix} is {text}, expected {expected.dtype} {expected.shape} for "
                 f"{fmt.name}. Convert the checkpoint again."
-            )
-    for companion in _companions(config.formats):
-        if f"{layer}{companion}" in tensors and companion[1:] not in fmt.suffixes:
-            raise OmniConvertError(
-                f"{where}: layer {layer} is announced as {fmt.name} but has {layer}{companion}, expected no such "
-                "tensor. Convert the checkpoint again."
             )
     return weight.shape[0], weight.shape[1]
 

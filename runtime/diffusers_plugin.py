@@ -6,6 +6,7 @@ Diffusers has no registration call; other quantizers enter its two mappings in t
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,7 @@ from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import QUANTIZING
 from omni_convert.runtime.operator import HELD, as_codes
 from omni_convert.runtime.parallel import LOADING, Split, local_tensors, split_linears
-from omni_convert.runtime.replace import check_converted, check_loaded, fill, replace_linears
+from omni_convert.runtime.replace import check_converted, check_loaded, check_names, check_shapes, fill, replace_linears
 
 
 class QuantMethod(str, Enum):
@@ -67,6 +68,7 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: OmniConvertConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._files: list[Path] = []
+        self._names: set[str] = set()
         self._online = QUANTIZING.get()
         self.pre_quantized: bool = self._online is None and kwargs.get("pre_quantized", True)
         self._replaced: dict[str, str] = {}
@@ -83,20 +85,32 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
             )
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        self._files = [Path(file) for file in checkpoint_files]
+        self._files, self._names = [Path(file) for file in checkpoint_files], set(loaded_keys)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config, tensors = self.quantization_config.quantization, read_tensors(self._files)
         self._replaced = replace_linears(model, tensors, config, online=self._online)
+        check_shapes(model, {name: spec.shape for name, spec in tensors.items()})
         if self._rank:
             self._splits = split_linears(model, self._rank)
             self.pre_quantized = True  # or Diffusers would not ask ``check_quantized_param_shape``
         return model
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
-        """Scales are not missing where they are made while loading."""
-        return missing_keys if self._online is None else [key for key in missing_keys if not self._is_scale(model, key)]
+    def update_missing_keys(self, model: Any, missing_keys: list[str], prefix: str) -> list[str]:
+        """Those that nothing fills, which is an error: scales are made while loading, and of a module in two places
+        one name is enough. Diffusers would only warn, also of what is unexpected."""
+        state = model.state_dict(keep_vars=True)
+        found = {id(state[name]) for name in self._names & state.keys()}
+        missing = [name for name in missing_keys if id(state[name]) not in found]
+        unexpected: set[str] = set()
+        if self._online:
+            missing = [name for name in missing if not self._is_scale(model, name)]
+        else:
+            fine = model._keys_to_ignore_on_load_unexpected or ()
+            unexpected = {name for name in self._names - state.keys() if not any(re.search(p, name) for p in fine)}
+        check_names(type(model).__name__, missing, unexpected)
+        return missing
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         check_loaded(model, self._replaced)
@@ -117,13 +131,7 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         return isinstance(module, QuantizedLinear) and suffix in module.format.suffixes
 
     def check_quantized_param_shape(self, param_name: str, current_param: torch.Tensor, loaded: torch.Tensor) -> None:
-        """Called where shapes differ: they must, where a rank loads its part."""
-        layer = param_name.rpartition(".")[0]
-        if layer not in self._splits:
-            raise OmniConvertError(
-                f"tensor {param_name} has shape {tuple(loaded.shape)}, expected {tuple(current_param.shape)}. "
-                "The config and the weights are of different models."
-            )
+        """Called where shapes differ, which only those do that a rank loads its part of."""
 
     def create_quantized_param(
         self,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.header import TensorSpec
 from omni_convert.runtime.component import quantized_layers
 from omni_convert.runtime.kernels import check_format, device_of
@@ -141,6 +141,39 @@ def refuse_module(model: nn.Module, name: str) -> str | None:
     if "forward" in vars(module):
         return "has a forward of its own, as Accelerate's hooks give it, expected none: quantize before adding hooks"
     return None
+
+
+def check_names(where: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """``missing``, ``unexpected``: what a library would only warn about.
+
+    Raises:
+        OmniConvertError: a tensor that the model needs is not in the checkpoint, or one that it does not know is.
+    """
+    for names, found, expected in (
+        (sorted(missing), "is not in the checkpoint", "it there: the library would fill it with random numbers"),
+        (sorted(unexpected), "is in the checkpoint", "none of that name: the model does not know it"),
+    ):
+        if names:
+            more = f" (like {len(names) - 1} others)" if len(names) > 1 else ""
+            raise OmniConvertError(
+                f"{where}: tensor {printable(names[0])}{more} {found}, expected {expected}. Convert the checkpoint "
+                "again, or load it with the class that its config names."
+            )
+
+
+def check_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """``shapes``: of the checkpoint's tensors; those that the model does not have are left to ``check_names``.
+
+    Raises:
+        OmniConvertError: one differs from the model's.
+    """
+    state = model.state_dict()
+    for name, found in shapes.items():
+        if name in state and tuple(found) != tuple(state[name].shape):
+            raise OmniConvertError(
+                f"{type(model).__name__}: tensor {name} has shape {tuple(found)}, expected {tuple(state[name].shape)}. "
+                "The config and the weights are of different models."
+            )
 
 
 def check_loaded(model: nn.Module, names: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from omni_convert.runtime.component import quantized_layers, read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import QUANTIZING, Online
-from omni_convert.runtime.replace import check_converted, check_loaded, replace_linears
+from omni_convert.runtime.replace import check_converted, check_loaded, check_names, check_shapes, replace_linears
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -97,6 +97,8 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
         tensors = read_tensors(files)
         layers = self._online.layers if self._online else quantized_layers(tensors, config, type(model).__name__)
         self._replaced = replace_linears(model, tensors, config, _module_names(model, layers), self._online)
+        if _is_of_checkpoint(model):
+            _refuse_names(model, self._online is None)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, suffix = param_name.rpartition(".")
@@ -160,8 +162,29 @@ def _is_left_out(model: Any, layer: str) -> bool:
     """Another class than the checkpoint's may lack some of its layers; Transformers lists them when it loads."""
     if any(re.search(pattern, f"{layer}.weight") for pattern in model._keys_to_ignore_on_load_unexpected or ()):
         return True
+    return not _is_of_checkpoint(model)
+
+
+def _is_of_checkpoint(model: Any) -> bool:
+    """Whether the checkpoint is of this class, and not of one with other heads."""
     architectures = model.config.architectures or ()
-    return bool(architectures) and type(model).__name__ not in architectures
+    return not architectures or type(model).__name__ in architectures
+
+
+def _refuse_names(model: Any, is_converted: bool) -> None:
+    """Have ``check_names`` see what Transformers would only report. It tells no quantizer, but asks the model which of
+    those names are fine. ``is_converted``: what is unexpected in a plain checkpoint is the library's business."""
+    theirs = model._adjust_missing_and_unexpected_keys
+
+    def adjust_and_check(info: Any) -> None:
+        del model._adjust_missing_and_unexpected_keys
+        theirs(info)
+        where, shapes = type(model).__name__, {name: found for name, found, _ in info.mismatched_keys}
+        info.mismatched_keys = set()  # its own error, which comes after, names none
+        check_shapes(model, shapes)
+        check_names(where, info.missing_keys, info.unexpected_keys if is_converted else ())
+
+    model._adjust_missing_and_unexpected_keys = adjust_and_check
 
 
 def announce(model: Any, config: Mapping[str, Any]) -> None:
