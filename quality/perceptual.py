@@ -51,12 +51,15 @@ def _ssim(reference: Pictures, candidate: Pictures) -> float | str:
 
 def _lpips(reference: Pictures, candidate: Pictures) -> float | str:
     import torch
-    from lpips import LPIPS
 
     if min(reference.shape[1:3]) < _SMALLEST_LPIPS:
         return f"lpips is not computed: it needs {_SMALLEST_LPIPS} pixels a side"
     try:
+        from lpips import LPIPS
+
         model: Any = LPIPS(net="alex", verbose=False)
+    except (ImportError, RuntimeError) as error:  # as of a torchvision that does not fit PyTorch
+        return f"lpips is not computed: it cannot be loaded ({error})"
     except (URLError, OSError) as error:  # it fetches AlexNet when it is first used
         return f"lpips is not computed: the weights of AlexNet could not be fetched ({error})"
     with torch.inference_mode():

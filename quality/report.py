@@ -18,6 +18,7 @@ from omni_convert.formats.patterns import Pattern
 from omni_convert.formats.target import find_target
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
 from omni_convert.quality.layers import Conversion, Layer, read_conversion
+from omni_convert.quality.trace_file import read_trace
 
 if TYPE_CHECKING:
     from omni_convert.converter.convert import Report
@@ -59,13 +60,15 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerReport:
-    """A conversion looked at. ``statistics``: by component and layer, as far as known. ``origin``: where the figures
-    come from, in a sentence. ``seconds``: what the conversion took, if it has just run."""
+    """A conversion looked at. ``statistics``: by component and layer, as far as known. ``outputs``: SQNR of layers on
+    real activations, by full name, if they were traced. ``origin``: where the figures come from, in a sentence.
+    ``seconds``: what the conversion took, if it has just run."""
 
     conversion: Conversion
     statistics: Mapping[tuple[str, str], LayerStatistics]
     details: tuple[Detail, ...]
     curve: tuple[Step, ...]
+    outputs: Mapping[str, float]
     origin: str
     seconds: float | None
 
@@ -128,7 +131,8 @@ class LayerReport:
     def _layer_dict(self, layer: Layer) -> dict[str, Any]:
         found = self.statistics.get((layer.component, layer.name))
         figures = asdict(layer) | {"shape": list(layer.shape), "sqnr_db": _finite(layer.sqnr_db)}
-        return {**figures, "statistics": asdict(found) if found else None}
+        traced = {"output_sqnr_db": _finite(self.outputs[layer.full_name])} if layer.full_name in self.outputs else {}
+        return {**figures, **traced, "statistics": asdict(found) if found else None}
 
     def to_text(self) -> str:
         """The summary and the worst layers, for a terminal."""
@@ -152,6 +156,7 @@ def report(
     *,
     source: str | os.PathLike[str] | None = None,
     run: Report | None = None,
+    trace: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> LayerReport:
     """What the conversion in ``out`` cost, layer by layer.
@@ -161,12 +166,15 @@ def report(
         source: the model that was converted, to measure every layer anew in one pass over it.
         run: what ``convert`` returned, with what it gathered if it was asked for ``statistics``: no weight of the
             source is read again. Without it and ``source``, what the manifest and the codes tell.
+        trace: JSON that ``compare`` wrote with ``--trace-layers``: the error of layers on real activations.
         progress: show a progress bar on stderr (if it is a terminal).
 
     Raises:
-        OmniConvertError: ``out`` is not a finished conversion, or ``source`` is not what was converted.
+        OmniConvertError: ``out`` is not a finished conversion, ``source`` is not what was converted, or ``trace`` is
+            of other layers.
     """
     done = read_conversion(out)
+    outputs = read_trace(Path(trace), done) if trace is not None else {}
     codes = _codes(done)
     if source is not None:
         errors = _measured(done, Path(os.path.abspath(source)), codes, progress)
@@ -182,6 +190,7 @@ def report(
         statistics=statistics,
         details=tuple(_detail(layer, done, codes, statistics) for layer in done.worst()[:WORST]),
         curve=tuple(_curve(done, groups)),
+        outputs=outputs,
         origin=origin,
         seconds=run.seconds if run else None,
     )

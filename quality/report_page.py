@@ -11,7 +11,7 @@ from omni_convert.formats.text import format_bytes, format_db
 from omni_convert.quality import charts, html
 from omni_convert.quality.heat import Shades, heat_maps
 from omni_convert.quality.html import Column, text
-from omni_convert.quality.layers import Conversion, Layer
+from omni_convert.quality.layers import Layer
 from omni_convert.quality.report import Detail, LayerReport, Step, title
 
 SQNR = (
@@ -43,15 +43,18 @@ def _worst(report: LayerReport) -> str:
         "Of a sample of rows; errors are of all weights. The line below each layer keeps it as it is in the source: "
         "add it to the command of the next conversion."
     )
-    cards = "".join(_card(detail, report.conversion, shades) for detail in report.details)
+    cards = "".join(_card(detail, report, shades) for detail in report.details)
     return html.section("The worst layers", html.paragraph(lead), f'<div class="cards">{cards}</div>')
 
 
-def _card(detail: Detail, done: Conversion, shades: Shades) -> str:
-    layer, found = detail.layer, detail.statistics
+def _card(detail: Detail, report: LayerReport, shades: Shades) -> str:
+    layer, found, done = detail.layer, detail.statistics, report.conversion
     shape = " x ".join(map(str, layer.shape))
     kept = layer.bytes_before - layer.bytes_after
     fused = f", together with {layer.group}" if layer.group != layer.name else ""
+    lines = _channels(found, layer)
+    if (traced := report.outputs.get(layer.full_name)) is not None:
+        lines.insert(0, f"its output on real activations: {format_db(traced)}")
     parts = [
         f'<h3>{html.name(done.label(layer))}</h3><p class="db"><i class="{shades.css(layer)}"></i>'
         f"<b>{text(format_db(layer.sqnr_db or 0.0))}</b> {text(f'{layer.format}, {shape}')}</p>",
@@ -60,7 +63,7 @@ def _card(detail: Detail, done: Conversion, shades: Shades) -> str:
             _scales(scales.name, scales.number, scales.smallest, scales.largest, scales.counts)
             for scales in detail.scales
         ),
-        f"<ul>{''.join(f'<li>{text(line)}</li>' for line in _channels(found, layer))}</ul>",
+        f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>",
         html.copyable(detail.keep),
         f"<small>{text(f'keeps it{fused}: {format_bytes(kept)} more of this layer')}</small>",
     ]
@@ -131,6 +134,7 @@ def _table(report: LayerReport) -> str:
         Column(title="layer"),
         Column(title="format"),
         Column(title="SQNR dB", digits=2),
+        *([Column(title="output dB", digits=2)] if report.outputs else []),
         Column(title="worst channel", digits=1, wide=True),
         Column(title="sharing dB", digits=2, wide=True),
         Column(title="MB before", digits=2, wide=True),
@@ -145,7 +149,8 @@ def _table(report: LayerReport) -> str:
             [
                 report.conversion.label(layer),
                 layer.format or f"keep {layer.dtype}",
-                layer.sqnr_db if layer.sqnr_db is None or math.isfinite(layer.sqnr_db) else None,
+                _shown(layer.sqnr_db),
+                *([_shown(report.outputs.get(layer.full_name))] if report.outputs else []),
                 found.channel_db[0] if found and found.channel_db else None,
                 layer.shared_scale_db,
                 layer.bytes_before / 1e6,
@@ -158,4 +163,11 @@ def _table(report: LayerReport) -> str:
         "Sort by a column, filter by words. A dash is what was kept, lost nothing, or is not known. MB are millions of "
         f"bytes; {report.conversion.others} biases, norms and other tensors are not listed."
     )
+    if report.outputs:
+        lead += html.paragraph("Output dB: the same ratio of the layer's output, on the activations that were traced.")
     return html.section("All layers", lead, html.table("layers", columns, rows, hint="Filter, for example: attn int8"))
+
+
+def _shown(value: float | None) -> float | None:
+    """None, which is a dash, for what is infinite or not known."""
+    return None if value is None or not math.isfinite(value) else value

@@ -17,12 +17,20 @@ if TYPE_CHECKING:
 @click.command(short_help="Show what quantization cost every layer, as a page, as data or as pictures.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--source", type=click.Path(path_type=Path), help="Measure every layer anew, against this model.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Show errors on real activations too: what compare --trace-layers --output-json wrote.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page.")
 @click.option(
     "--pictures", type=click.Path(path_type=Path), metavar="DIR", help="Write PNG pictures, as for a model card."
 )
 @json_option
-def report(out: Path, source: Path | None, output: Path | None, pictures: Path | None, as_json: bool) -> None:
+def report(
+    out: Path, source: Path | None, trace: Path | None, output: Path | None, pictures: Path | None, as_json: bool
+) -> None:
     """Show what the conversion in OUT cost: the worst layers, and what keeping them would cost.
 
     Without --source, from what the conversion recorded in OUT; 'omni-convert convert --report FILE' records most.
@@ -31,7 +39,7 @@ def report(out: Path, source: Path | None, output: Path | None, pictures: Path |
 
     if output:
         check_place(output, "-o")
-    found = layer_report(out, source=source, progress=True)
+    found = layer_report(out, source=source, trace=trace, progress=True)
     if output:
         write_page(found, output)
     if pictures:
