@@ -270,3 +270,22 @@ def test_the_plan_shows_what_the_disk_needs(hub: HubServer, source: Path, tmp_pa
     largest = max(path.stat().st_size for path in source.rglob("*.safetensors"))
     assert json.loads(out)["disk_needed"] == 3 * largest
     assert hub.requests == []
+
+
+def test_what_is_there_already_leaves_the_disk(
+    hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(hub, monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("omni_convert.converter.hub_errors.WAITS", [])
+    work = tmp_path / "work"
+    hub.faults.append(Fault("/commit/refs/pr/1", "POST", drop_after=0))  # committed, and the answer is lost
+    with pytest.raises(OmniConvertError, match="cannot be reached"):
+        convert_to_hub(source, REPO, method="int8", work=work)
+    assert list(work.rglob("*.safetensors"))
+    hub.faults.append(Fault("/merge", "POST", times=99, status=500))
+    with pytest.raises(OmniConvertError, match="the Hub is in trouble"):
+        convert_to_hub(source, REPO, method="int8", work=work)
+    assert not list(work.rglob("*.safetensors"))
+    hub.faults.clear()
+    convert_to_hub(source, REPO, method="int8", work=work)
+    check_published(hub, local)

@@ -302,3 +302,17 @@ def test_the_command(name: str, request: pytest.FixtureRequest, outs: dict[str, 
     assert b"base_model: org/base\n" in published(hub, REPO)["README.md"]
     assert TOKEN not in out + err
     assert all(TOKEN.encode() not in data for data in published(hub, REPO).values())
+
+
+def test_no_message_holds_a_token_or_what_signs_an_address(
+    here: HubServer, outs: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    said = f"no {TOKEN} nor hf_abcdefgh at https://storage/x?signature=secret"
+    for status, times in ((500, 1), (403, 99)):
+        here.faults.append(Fault("/commit/", "POST", times=times, status=status, headers={"X-Error-Message": said}))
+    with pytest.raises(OmniConvertError, match=r"\(no \[token\] nor \[token\] at https://storage/x\)") as caught:
+        push(outs["int8"], REPO)
+    assert here.faults[0].times == 0
+    for text in (str(caught.value), caplog.text):
+        assert TOKEN not in text
+        assert "secret" not in text
