@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from glob import escape as _escaped
 from typing import Any, NamedTuple, TypeAlias
 
 from omni_convert.converter.decide import View, natural_key
@@ -14,7 +15,7 @@ from omni_convert.formats import format_options
 from omni_convert.formats.base import Format
 from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern
 from omni_convert.formats.errors import UsageError
-from omni_convert.formats.patterns import Pattern
+from omni_convert.formats.patterns import Pattern, parts_of_names
 from omni_convert.formats.quant_config import with_rules
 from omni_convert.formats.text import layer_patterns
 
@@ -113,8 +114,9 @@ def _rules(part: ComponentPlan, view: View, units: Mapping[str, Formats], is_exa
     }
     if is_exact:
         for name, fmt in deviating.items():
-            yield from (LayerRule(exact_pattern(layer), fmt) for layer in units[name])
+            yield from (LayerRule(_exact(layer), fmt) for layer in units[name])
         return
+    within = _parts_of_others(deviating, view.names)
     alike: dict[str, list[str]] = defaultdict(list)
     for name, pattern in layer_patterns(units.keys()).items():
         alike[pattern].append(name)
@@ -125,8 +127,18 @@ def _rules(part: ComponentPlan, view: View, units: Mapping[str, Formats], is_exa
             yield LayerRule(pattern, deviating[names[0]])
             continue
         for name in sorted(found, key=natural_key):
-            text = name if _means_only(name, [name], units, view) else exact_pattern(name)
-            yield LayerRule(text, deviating[name])
+            yield LayerRule(_exact(name) if name in within or _escaped(name) != name else name, deviating[name])
+
+
+def _parts_of_others(candidates: Collection[str], names: Collection[str]) -> set[str]:
+    """Those that are a part of a longer name."""
+    return parts_of_names(candidates, {name[1:] for name in names} | {name[:-1] for name in names})
+
+
+def _exact(name: str) -> str:
+    """A pattern that matches this name alone."""
+    escaped = _escaped(name)
+    return escaped if escaped != name else exact_pattern(name)
 
 
 def _means_only(text: str, names: Collection[str], units: Mapping[str, Formats], view: View) -> bool:

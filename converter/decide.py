@@ -16,7 +16,7 @@ from omni_convert.formats.base import Format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
-from omni_convert.formats.patterns import Pattern
+from omni_convert.formats.patterns import Names, Pattern
 from omni_convert.formats.quant_config import NONE
 from omni_convert.formats.target import TARGETS, Rule, Target, find_target, format_kind, kind_flags
 
@@ -203,12 +203,8 @@ class View:
 
     def _wanted(self, layer: str) -> Decision:
         """What the rules say of a linear: the first that matches. The reason is empty if none does."""
-        for rule in self.config.layers:
-            if self._matches(rule.name, layer):
-                return Decision(format=rule.format, reason=f"--layer {rule.name}={_method(rule.format)}")
-        for pattern in self.config.ignored_layers:
-            if self._matches(pattern, layer):
-                return Decision(format=None, reason=f"--ignore {pattern}")
+        if layer in self._rules:
+            return self._rules[layer]
         for kept in self._kept_rules:
             if re.search(kept.layers, layer):
                 reason = f"kept by default with {self.config.format.name}: {kept.reason}"
@@ -250,34 +246,47 @@ class View:
                 uneven.add(layer)
         return frozenset(uneven)
 
-    def _matches(self, text: str, layer: str) -> bool:
-        """Whether a pattern means a layer, by its own name, or else by the engine's if it means no layer there.
+    @cached_property
+    def _rules(self) -> Mapping[str, Decision]:
+        """What the first rule that means it says of a layer, if any does."""
+        found: dict[str, Decision] = {}
+        for rule in self.config.layers:
+            decision = Decision(format=rule.format, reason=f"--layer {rule.name}={_method(rule.format)}")
+            for layer in self._meant(rule.name):
+                found.setdefault(layer, decision)
+        for pattern in self.config.ignored_layers:
+            decision = Decision(format=None, reason=f"--ignore {pattern}")
+            for layer in self._meant(pattern):
+                found.setdefault(layer, decision)
+        return found
+
+    def _meant(self, text: str) -> set[str]:
+        """The layers that a pattern means, by their own names, or else by the engine's if it means no layer there.
 
         So ``to_qkv`` means the whole group, and ``to_q``, though a part of that name, only one member.
         """
-        pattern, named = self._patterns[text]
-        runtime = self.runtime_names[layer]
-        return pattern.matches(layer if runtime in named else runtime)
+        matched = self._all_names.matching(self._pattern(text))
+        layers = set(self._own_names.intersection(matched))
+        named = {self.runtime_names[layer] for layer in layers}
+        return layers.union(*(self.peers[name] for name in matched if name in self.peers and name not in named))
 
     @cached_property
-    def _patterns(self) -> Mapping[str, tuple[Pattern, frozenset[str]]]:
-        """Every pattern, with the engine's names of which some layer matches by its own name."""
-        patterns = {}
-        for text in (*self.config.ignored_layers, *(rule.name for rule in self.config.layers)):
-            pattern = self._pattern(text)
-            named = (name for name, peers in self.peers.items() if any(map(pattern.matches, peers)))
-            patterns[text] = pattern, frozenset(named)
-        return patterns
+    def _own_names(self) -> frozenset[str]:
+        return frozenset(self.layers)
+
+    @cached_property
+    def _all_names(self) -> Names:
+        return Names(self.names)
 
     def _pattern(self, text: str) -> Pattern:
         """``text`` as it is, or, if that means nothing here, without the name of this component in front."""
         pattern = Pattern(text)
         own = text.removeprefix(f"{self.component.name}.")
-        return pattern if own in ("", text) or any(map(pattern.matches, self.names)) else Pattern(own)
+        return pattern if own in ("", text) or self._all_names.matching(pattern) else Pattern(own)
 
     def means(self, text: str) -> bool:
         """Whether a pattern means any layer here."""
-        return any(map(self._pattern(text).matches, self.names))
+        return bool(self._all_names.matching(self._pattern(text)))
 
     def decide_all(self) -> dict[str, Decision]:
         """The decision for every tensor. Engines run the layers under one name as one matrix: all of them are

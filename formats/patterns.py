@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from omni_convert.formats.errors import UsageError
 
@@ -49,6 +51,11 @@ class Pattern:
     def __str__(self) -> str:
         return self.text
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a part of a name, as it stands."""
+        return not self.text.startswith("re:") and not any(char in self.text for char in "*?[")
+
     def matches(self, name: str) -> bool:
         return self._regex.search(name) is not None
 
@@ -58,6 +65,28 @@ class Pattern:
                 return re.compile(self.text[3:])
             except re.error as error:
                 raise UsageError(f"pattern {self.text}: not a regular expression ({error}).") from error
-        if any(char in self.text for char in "*?["):
-            return re.compile(rf"\A{fnmatch.translate(self.text)}")
-        return re.compile(re.escape(self.text))
+        if self.is_plain:
+            return re.compile(re.escape(self.text))
+        return re.compile(rf"\A{fnmatch.translate(self.text)}")
+
+
+class Names:
+    """Names to match patterns with: thousands of plain ones, as a recipe may have, cost no more than a text search."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = sorted(set(names))
+        self._text = "\n".join(self._names)
+        self._starts = [0, *accumulate(len(name) + 1 for name in self._names)]
+
+    def matching(self, pattern: Pattern) -> list[str]:
+        """Those that it matches."""
+        if not pattern.is_plain:
+            return [name for name in self._names if pattern.matches(name)]
+        found = []
+        at = self._text.find(pattern.text)
+        while at >= 0:
+            place = bisect_right(self._starts, at) - 1
+            if pattern.text in self._names[place]:  # and does not reach into the next
+                found.append(self._names[place])
+            at = self._text.find(pattern.text, self._starts[place + 1])
+        return found

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import yaml
 from families import FAMILIES
-from hostile.small import QWEN_CONFIG, Tensor, qwen_shards, snapshot, to_values, write_pipeline, write_sharded
+from hostile.small import (
+    QWEN_CONFIG,
+    Tensor,
+    qwen_shards,
+    random,
+    snapshot,
+    to_values,
+    write_model,
+    write_pipeline,
+    write_sharded,
+)
 
 from omni_convert import OmniConvertError, UsageError, analyze, convert, load, plan, verify
 from omni_convert.converter.choice import KEEP, Choice
@@ -189,6 +199,19 @@ def test_names_that_are_parts_of_others(tmp_path: Path) -> None:
         kept = {layer for (_, layer), name in formats(choice.plan).items() if name == "keep"}
         assert wanted == kept & {layer for unit in choice.units for layer in unit.formats}
         assert len(choice.plan.recipe.to_dict()["ignored_layers"]) <= len(choice.deviating)
+
+
+def test_names_with_signs_of_patterns(tmp_path: Path) -> None:
+    names = ["blocks[0].ff", "blocks[1].ff", "blocks[1].ff*", "blocks[?].ff", "a.ff", "ba.ffb", "a.ffb", "a.ff.0"]
+    tensors = {f"{name}.weight": random(32, 32, seed=place) for place, name in enumerate(names)}
+    source = write_model(tmp_path / "model", None, tensors)
+    found = analyze(source, ["int8"])
+    for share in (60, 65, 70, 75, 80, 85, 90, 95):
+        choice = found.choose(budget=f"size<=0.{share}")
+        wanted = {layer for unit in choice.units if unit.number == KEEP for layer in unit.formats}
+        kept = {layer for (_, layer), name in formats(choice.plan).items() if name == "keep"}
+        assert wanted == kept
+        assert len(choice.plan.recipe.to_dict()["ignored_layers"]) == len(kept)
 
 
 def test_layers_of_like_names_are_one_rule(source: Path) -> None:
