@@ -86,7 +86,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 
 def copyable(command: str) -> str:
     """A line for a shell, with a button that copies it."""
-    return f'<div class="copy"><code>{text(command)}</code><button type="button">Copy</button></div>'
+    return f'<div class="copy"><code>{name(command)}</code><button type="button">Copy</button></div>'
 
 
 def table(key: str, columns: Sequence[Column], rows: Iterable[Sequence[str | float | None]], *, hint: str = "") -> str:

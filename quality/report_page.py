@@ -155,7 +155,7 @@ def _table(report: LayerReport) -> str:
                 layer.shared_scale_db,
                 layer.bytes_before / 1e6,
                 layer.bytes_after / 1e6,
-                " x ".join(map(str, layer.shape)),
+                "x".join(map(str, layer.shape)),
                 layer.reason,
             ]
         )

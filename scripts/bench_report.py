@@ -5,8 +5,8 @@
 
 Writes a BF16 checkpoint of Qwen-Image block shapes, so that it is in the page cache. In every round each method
 converts it twice, without and with `--report`, in new processes and in alternating order; `CPU` and `wall` are medians
-of the rounds' ratios, `least` is the ratio of the least CPU time of each, which a busy machine disturbs less. So the page
-counts too, with the worst layers read back from the output, and so do start-up and hashing.
+of the rounds' ratios, `least` is the ratio of the least CPU time of each, which a busy machine disturbs less. So the
+page counts too, with the worst layers read back from the output, and so do start-up and hashing.
 """
 
 from __future__ import annotations

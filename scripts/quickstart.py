@@ -55,7 +55,8 @@ def text_model(out: Path) -> bool:
 
     source, converted = minilm_path(), out / "minilm-int8"
     _title("1. A trained model: all-MiniLM-L6-v2, sentence embeddings")
-    _omni_convert("--method", "int8", "--target", "omni-convert", source, converted)
+    page = out / "minilm-report.html"
+    _omni_convert("--method", "int8", "--target", "omni-convert", "--report", page, source, converted)
     _omni_convert("inspect", converted)
 
     print(f'>>> import omni_convert\n>>> model = omni_convert.load("{_short(converted)}")\n')

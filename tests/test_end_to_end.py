@@ -93,6 +93,7 @@ def test_quickstart_passes(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, script, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert (tmp_path / "out" / "qwen-image.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "minilm-report.html").stat().st_size > 10_000
 
 
 def generate(pipe: Any, steps: int) -> torch.Tensor:

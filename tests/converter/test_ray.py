@@ -77,6 +77,14 @@ def test_same_bytes_as_in_one_process(
     assert snapshot(tmp_path / "out") == expected[method]
 
 
+def test_statistics_of_parts_are_those_of_whole_files(source: Path, tmp_path: Path, here: None) -> None:
+    local = convert(source, tmp_path / "local", method="int8", statistics=True)
+    assert local.statistics
+    assert (
+        convert(source, tmp_path / "out", method="int8", statistics=True, engine="ray").statistics == local.statistics
+    )
+
+
 def test_node_is_lost_in_the_middle(
     nodes: Nodes, source: Path, expected: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
