@@ -47,7 +47,7 @@ def parse_repo_id(text: str) -> str:
         UsageError: not the name of a model repository.
     """
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     wrong = UsageError(
         f"{printable(text)!r} is no name of a model repository, expected ORGANIZATION/NAME or YOU/NAME, of letters, "

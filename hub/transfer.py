@@ -209,7 +209,7 @@ class HubOutlet:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Without huggingface_hub's own progress bars: one for every file, and through ours."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
         yield

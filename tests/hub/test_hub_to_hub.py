@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from hostile.small import QWEN_CONFIG, random, write_json, write_sharded
+from hostile.small import QWEN_CONFIG, qwen_shards, random, write_json, write_sharded
 from hub_server import READ_ONLY, TOKEN, Fault, HubServer
 from publishing import command, folder_files, published, start, use, weights_of
 
@@ -289,3 +289,22 @@ def test_what_is_there_already_leaves_the_disk(
     hub.faults.clear()
     convert_to_hub(source, REPO, method="int8", work=work)
     check_published(hub, local)
+
+
+def test_layers_that_share_scales_across_shards(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest weights of a shard that is not there any more, or not yet, are needed."""
+    source = write_sharded(
+        tmp_path / "model",
+        [shard for tensors in qwen_shards() for shard in ({n: t} for n, t in tensors.items())],
+        QWEN_CONFIG,
+    )
+    omni_convert.convert(source, tmp_path / "out", method="int8")
+    hub.store.add_folder("org/base", source)
+    use(hub, monkeypatch, tmp_path / "home")
+    hub.faults.append(Fault("/commit/refs/pr/1", "POST", times=1, status=403))
+    with pytest.raises(OmniConvertError, match="no right"):
+        convert_to_hub("org/base", REPO, method="int8")
+    convert_to_hub("org/base", REPO, method="int8")
+    assert weights_of(published(hub, REPO)) == weights_of(folder_files(tmp_path / "out"))
