@@ -210,6 +210,32 @@ def test_what_came_is_not_what_was_listed(qwen: HubServer, cli: Cli, qwen_image:
     assert same(cli.folder / "out", fp8_output)
 
 
+_PLAN_THEN_RUN = """
+import sys, time
+from pathlib import Path
+from omni_convert.converter.convert import Means, plan, run
+planned = plan("org/qwen", method="fp8")
+Path("planned").touch()
+while not Path("go").exists():
+    time.sleep(0.01)
+run(planned, Path("out"), Means(), progress=False, started=0)
+"""
+
+
+def test_a_header_that_is_another_one_later(qwen: HubServer, cli: Cli) -> None:
+    path = qwen.store.repos["org/qwen"].commit("main").files[f"transformer/{SHARD}"].path
+    right = path.read_bytes()
+    path.write_bytes(right.replace(b"BF16", b"F16 ", 1).replace(b'"F16 "', b'"F16" ', 1))
+    command = cli.command(code=_PLAN_THEN_RUN)
+    with subprocess.Popen(command, env=cli.environment(), cwd=cli.folder, stderr=subprocess.PIPE, text=True) as process:
+        _wait_for((cli.folder / "planned").exists)
+        path.write_bytes(right)
+        (cli.folder / "go").touch()
+        _, found = process.communicate(timeout=60)
+    assert f"{SHARD}: its header is not the one that the plan was made from" in found
+    assert not (cli.folder / "out").exists()
+
+
 def test_a_damaged_cache(qwen: HubServer, cli: Cli) -> None:
     cli.succeeds("--method", "fp8", "org/qwen", "out")
     (cached,) = cli.home.rglob(f"snapshots/*/transformer/{SHARD}")
