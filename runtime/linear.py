@@ -148,3 +148,4 @@ class QuantizedLinear(nn.Linear):
             key = f"{prefix}weight"
             state_dict = {**state_dict, key: state_dict[key].detach().view(HELD)}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+        release(self._handle)  # in inference mode nothing shows that the weight was overwritten

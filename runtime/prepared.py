@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ class _Prepared(NamedTuple):
 
 
 _TABLE: dict[int, _Prepared] = {}
+_LOCKS: defaultdict[int, Lock] = defaultdict(Lock)
 _NUMBERS = itertools.count()
 _ORIGINAL = "_omni_convert_original"
 
@@ -41,7 +44,8 @@ def new_handle(owner: object) -> Tensor:
     A tensor and not an int: ``torch.compile`` would specialize on an int and compile every layer anew.
     """
     number = next(_NUMBERS)
-    weakref.finalize(owner, _TABLE.pop, number, None).atexit = False
+    for table in (_TABLE, _LOCKS):
+        weakref.finalize(owner, table.pop, number, None).atexit = False
     with torch.inference_mode(False):
         return torch.tensor(number, dtype=torch.int64, device="cpu")
 
@@ -52,13 +56,24 @@ def release(handle: Tensor) -> None:
 
 
 def prepared(handle: Tensor, sources: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-    """``make()``, once for these ``sources`` in this state."""
+    """``make()``, once for these ``sources`` in this state, however many threads ask."""
     number = int(handle)
     wanted = [_source(tensor) for tensor in sources]
     found = _TABLE.get(number)
     if found is None or found.sources != wanted:
-        found = _TABLE[number] = _Prepared(wanted, make())
+        with _LOCKS[number]:
+            found = _TABLE.get(number)
+            if found is None or found.sources != wanted:
+                _drop_orphans()
+                found = _TABLE[number] = _Prepared(wanted, make())
     return found.value
+
+
+def _drop_orphans() -> None:
+    """Free what was made of tensors that are gone: offloading takes them from a layer without telling it."""
+    for number, entry in list(_TABLE.items()):
+        if any(source.storage.expired() for source in entry.sources):  # type: ignore[no-untyped-call]
+            _TABLE.pop(number, None)
 
 
 def reinterpreted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,6 +100,7 @@ def _source(tensor: Tensor) -> _Source:
     return _Source(
         storage=StorageWeakRef(tensor.untyped_storage()),  # type: ignore[no-untyped-call]
         address=tensor.data_ptr(),
-        # Tensors made in inference mode have no version; overwriting those in place goes unnoticed.
+        # Tensors made in inference mode have no version; overwriting those in place goes unnoticed, as does what is
+        # written past the version of any tensor (``weight.data.zero_()``).
         version=-1 if tensor.is_inference() else tensor._version,
     )

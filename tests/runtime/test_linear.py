@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -210,6 +212,42 @@ def test_packed_weight_is_built_once_and_freed(x: torch.Tensor) -> None:
     del layer
     gc.collect()
     assert number not in prepared._TABLE
+
+
+@torch.inference_mode()
+def test_new_weights_are_noticed_in_inference_mode(layer: QuantizedLinear, x: torch.Tensor) -> None:
+    """Where tensors have no versions."""
+    first = make_layer(layer.format)
+    second = copy.deepcopy(first)
+    assert torch.equal(first(x), second(x))
+    other = make_layer(layer.format, seed=1)
+    second.load_state_dict(other.state_dict())
+    assert torch.equal(second(x), other(x))
+    assert torch.equal(first(x), layer(x))
+
+
+def test_threads_prepare_once_and_what_lost_its_source_is_freed() -> None:
+    made: list[int] = []
+    owners = [nn.Identity() for _ in range(3)]
+    handles = [prepared.new_handle(owner) for owner in owners]
+    numbers = {int(handle) for handle in handles}
+    tensor = torch.zeros(4)
+
+    def make() -> int:
+        time.sleep(0.05)
+        made.append(1)
+        return len(made)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: prepared.prepared(handles[0], [tensor], make), range(8)))
+    assert (results, made) == ([1] * 8, [1])
+    prepared.prepared(handles[1], [torch.zeros(4)], make)
+    assert prepared._TABLE.keys() & numbers == {int(handles[0]), int(handles[1])}
+    prepared.prepared(handles[2], [tensor], make)
+    assert prepared._TABLE.keys() & numbers == {int(handles[0]), int(handles[2])}
+    owners.clear()
+    gc.collect()
+    assert not (prepared._TABLE.keys() | prepared._LOCKS.keys()) & numbers
 
 
 @pytest.mark.parametrize("assign", [False, True])

@@ -16,6 +16,7 @@ from kinds import KINDS
 from loaded import assert_holds, assert_saves_same, layers_of, run
 
 import omni_convert
+from omni_convert.runtime.prepared import prepared_bytes
 
 Inputs = dict[str, Any]
 CPU = torch.device("cpu")
@@ -53,6 +54,8 @@ def test_accelerate_offloads_to_disk(model: Any, qwen_kind: Path, qwen_inputs: I
     disk_offload(model, tmp_path, CPU, offload_buffers=True)
     assert are_on(model, "meta")
     assert torch.equal(run(model, qwen_inputs), before)
+    held = [name for name, layer in layers_of(model).items() if prepared_bytes(layer._handle)]
+    assert len(held) <= 1, "packed weights stay in memory while the weights are on disk"
 
 
 def test_accelerate_moves_whole_models(model: Any, qwen_kind: Path, qwen_inputs: Inputs) -> None:
