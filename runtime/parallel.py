@@ -26,6 +26,9 @@ ASCEND_BLOCK = 64
 """Columns of MX formats that Ascend's kernels take together."""
 
 
+_IS_PART = "_omni_convert_is_part"
+
+
 @dataclass(frozen=True)
 class Rank:
     """One of ``size`` processes that run a model together. ``device``: the type of all their devices."""
@@ -104,7 +107,13 @@ def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
     else:
         part = nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
     take_over(linear, part)
+    vars(part)[_IS_PART] = True
     return part
+
+
+def is_part(module: object) -> bool:
+    """Whether it is one rank's part of a linear."""
+    return _IS_PART in getattr(module, "__dict__", ())
 
 
 def _splits(model: Any, rank: Rank) -> dict[str, Split]:

@@ -153,3 +153,42 @@ def test_initializations_that_change_the_weight_fail(bert_model: Any, init: str)
 
     with pytest.raises((TypeError, RuntimeError), match=r"Unsupported data type|Please initialize|floating point"):
         get_peft_model(bert_model, lora(init_lora_weights=init))
+
+
+def other_methods() -> dict[str, Any]:
+    import peft
+
+    targets = ["query", "value"]
+    return {
+        "ADALORA": peft.AdaLoraConfig(target_modules=targets, total_step=10, init_r=4, init_lora_weights=False),
+        "IA3": peft.IA3Config(target_modules=targets, feedforward_modules=[], init_ia3_weights=False),
+        "OFT": peft.OFTConfig(target_modules=targets, oft_block_size=32),
+        "BOFT": peft.BOFTConfig(target_modules=targets, boft_block_size=4),
+        "HRA": peft.HRAConfig(target_modules=targets),
+        "LOHA": peft.LoHaConfig(target_modules=targets),
+        "VERA": peft.VeraConfig(target_modules=targets),
+    }
+
+
+@pytest.mark.parametrize("method", ["ADALORA", "IA3", "OFT", "BOFT", "HRA", "LOHA", "VERA"])
+def test_other_methods_are_right_or_refused(bert_kind: Path, kind: str, bert_inputs: Inputs, method: str) -> None:
+    """Some read the weight, and would compute with codes."""
+    from peft import get_peft_model
+
+    model, config = omni_convert.load(bert_kind, dtype=torch.float32), other_methods()[method]
+    plain = dequantized(model)
+    if method not in ("ADALORA", "IA3"):
+        with pytest.raises(OmniConvertError, match=f"a {method} adapter .* expected one of LORA"):
+            get_peft_model(model, config)
+        return
+    outputs = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        outputs.append(run(get_peft_model(each, config), bert_inputs))
+    assert (outputs[0] - outputs[1]).norm() / outputs[1].norm() < (0.05 if kind == "int8" else 1e-5)
+
+
+def test_parts_of_layers_take_no_adapters(qwen: Path) -> None:
+    part = omni_convert.load(qwen, tp_rank=0, tp_size=2)
+    with pytest.raises(OmniConvertError, match="of which this process holds a part"):
+        part.add_adapter(lora())
