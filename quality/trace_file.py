@@ -25,7 +25,7 @@ def read_trace(path: Path, done: Conversion) -> dict[str, float]:
         found = {str(entry["layer"]): _sqnr(entry) for entry in entries or ()}
     except (TypeError, KeyError, ValueError) as error:
         raise OmniConvertError(
-            f"{path}: its trace is damaged ({error!r}). Run compare --trace-layers again."
+            f"{path}: its trace is damaged ({error!r}), expected layers with their sqnr_db. Run compare again."
         ) from error
     if not found.keys() & {layer.full_name for layer in done.quantized}:
         raise OmniConvertError(
