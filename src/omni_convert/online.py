@@ -83,6 +83,7 @@ def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) 
     from torch import nn
 
     from omni_convert.runtime.replace import quantize_linears
+    from omni_convert.runtime.saving import guard_saving
 
     whole = _whole(model)
     made = _plan(_as_checkpoint(whole), *_recipe(quantization, choices))
@@ -93,6 +94,7 @@ def quantize_(model: nn.Module, quantization: Spec, **choices: Unpack[Choices]) 
         return linear.weight
 
     online = _online(made.components[0], weight)
+    guard_saving()
     quantize_linears(whole, online)
     if library := _library(whole):
         import_module(f"omni_convert.runtime.{library}_plugin").announce(whole, online.config.to_dict())

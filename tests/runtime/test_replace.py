@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,24 @@ def test_a_compiled_model_compiles_again() -> None:
     with torch.no_grad():
         assert torch.equal(compiled(x), model(x))
         assert not torch.equal(compiled(x), before)
+
+
+def test_a_model_of_which_a_part_is_quantized_is_not_saved(qwen_plain: Path, bert_plain: Path, tmp_path: Path) -> None:
+    """Its config would not say so, or say it of the wrong names."""
+    from diffusers import QwenImageTransformer2DModel
+    from transformers import BertConfig, BertForMaskedLM
+
+    qwen = QwenImageTransformer2DModel.from_pretrained(qwen_plain, torch_dtype=torch.bfloat16)
+    masked = BertForMaskedLM(BertConfig.from_pretrained(bert_plain))
+    for model, part in ((qwen, qwen.transformer_blocks), (masked, masked.bert)):
+        model.save_pretrained(tmp_path / "plain")
+        omni_convert.quantize_(part, "int8", target="omni-convert")
+        with pytest.raises(OmniConvertError, match="which the model's config does not announce"):
+            model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    whole = QwenImageTransformer2DModel.from_pretrained(qwen_plain, torch_dtype=torch.bfloat16)
+    omni_convert.quantize_(whole, "int8").save_pretrained(tmp_path / "saved")
+    assert layers_of(omni_convert.load(tmp_path / "saved")).keys() == layers_of(whole).keys()
 
 
 def test_what_holds_no_layers_says_so() -> None:
