@@ -14,9 +14,10 @@ from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.decide import Decision, View, holds_experts, natural_key
 from omni_convert.converter.pipeline import check_component, encoder_layers, is_known, no_encoder
 from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
-from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config
+from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config, without_asking
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
+from omni_convert.formats.layout import CONFIG_NAME
 from omni_convert.formats.patterns import Pattern, parts_of_names
 
 _QUANTIZED_SUFFIXES = {
@@ -175,6 +176,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
         UsageError: the target cannot load the format, an ignore pattern matches nothing or splits a fused group.
         OmniConvertError: the source is quantized already, or nothing in it can be quantized.
     """
+    plain = tuple(replace(part, config=without_asking(part.config)) for part in checkpoint.components)
+    asking = [old for old, new in zip(checkpoint.components, plain, strict=True) if old.config != new.config]
+    checkpoint = replace(checkpoint, components=plain)
     for component in checkpoint.components:
         _refuse_quantized(component)
     views = [View(component, recipe, checkpoint.pipeline_class) for component in checkpoint.components]
@@ -186,7 +190,7 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     parts = [_plan_component(view) for view in views]
     for part in parts:
         _check_quantizes(part, checkpoint, recipe)
-    warnings = _warnings(views, checkpoint) + _kept_experts(parts, recipe)
+    warnings = [*_warnings(views, checkpoint), *_kept_experts(parts, recipe), *map(_unheard, asking)]
     quantized = {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
     for place, view in enumerate(views):
         encoder = encoder_layers(view, checkpoint)
@@ -194,6 +198,12 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
             warnings.append(no_encoder(view))
         parts[place] = _with_ignored(parts[place], view, (encoder or set()) - quantized)
     return Plan(checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings))
+
+
+def _unheard(component: Component) -> str:
+    """A warning of a config that would have engines quantize these weights while they load."""
+    asks = f"{component.folder / CONFIG_NAME} asks engines to quantize while they load"
+    return f"{asks}; what it says does not count here: give --method, --ignore and the like."
 
 
 def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> ComponentPlan:

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from omni_convert.formats.layout import MANIFEST_NAME
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -15,7 +17,8 @@ def note_local(source: Path) -> None:
     """Say that a folder or file here was meant, where a repository on the Hub could have been."""
     from omni_convert.converter.hub_repo import parse_repo
 
-    if parse_repo(str(source)) and source.exists():
+    ours = (source / MANIFEST_NAME).exists()  # nobody takes that for a repository
+    if parse_repo(str(source)) and source.exists() and not ours:
         click.echo(f"Note: {source} is what lies here, not the repository of that name on the Hub.", err=True)
 
 

@@ -156,7 +156,7 @@ def test_config_without_the_part_that_takes_quantization_config(tmp_path: Path) 
 
 
 def test_config_of_a_part_that_is_quantized_already(tmp_path: Path) -> None:
-    text = {"quantization_config": {"quant_method": "fp8"}}
+    text = {"quantization_config": {"quant_method": "fp8", "is_checkpoint_fp8_serialized": True}}
     source = write_omni(tmp_path, {"thinker_config": {"text_config": text}})
     with pytest.raises(OmniConvertError, match=r"already quantized \(quantization_config says 'fp8'\)"):
         plan(source, method="fp8")

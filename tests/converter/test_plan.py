@@ -161,8 +161,16 @@ def test_nothing_left_to_quantize(qwen: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "tensors", "expected"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, ["config.json", "'fp8'"]),
-        ({"quantization_config": {"quant_method": "int8", "ignored_layers": []}}, {}, ["'int8'"]),
+        (
+            {"quantization_config": {"quant_method": "fp8", "is_checkpoint_fp8_serialized": True}},
+            {},
+            ["config.json", "'fp8'"],
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {"b.weight_scale": random(4, dtype="F32")},
+            ["b.weight_scale"],
+        ),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, {}, ["'compressed-tensors'"]),
         ({}, {"b.weight": Tensor("I8", random(4, 4, dtype="F32").bits.astype("u1"))}, ["b.weight", "I8"]),
         ({}, {"b.weight": Tensor("F8_E4M3", random(4, 4).bits.astype("u1"))}, ["b.weight", "F8_E4M3"]),
@@ -318,3 +326,18 @@ def test_natural_order() -> None:
     assert sorted(names, key=natural_key) == ["a", "b.2.w", "b.2.x", "b.10.x"]
     assert natural_key(f"a.{'9' * 5000}") > natural_key("a.10") > natural_key("a.09")
     assert natural_key("x²") == [(-1, "x²")]  # a digit, but no number
+
+
+def test_source_whose_config_asks_engines_to_quantize(tmp_path: Path) -> None:
+    """It is plain: the same folder without the wish gives the same output, but for a warning."""
+    plain = write_model(tmp_path / "plain", {"model_type": "any"}, {"a.fc.weight": random(32, 32)})
+    wish = {"quant_method": "int8", "ignored_layers": ["a"]}
+    asking = write_model(
+        tmp_path / "asking", {"model_type": "any", "quantization_config": wish}, {"a.fc.weight": random(32, 32)}
+    )
+    expected, found = (plan(source, method="fp8") for source in (plain, asking))
+    assert found.components[0].config_bytes == expected.components[0].config_bytes
+    assert [warning for warning in found.warnings if warning not in expected.warnings] == [
+        f"{asking / 'config.json'} asks engines to quantize while they load; what it says does not count here: give "
+        "--method, --ignore and the like."
+    ]
