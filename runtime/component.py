@@ -228,6 +228,13 @@ def _layer_shape(
                 f"{where}: tensor {layer}.{suffix} is {text}, expected {expected.dtype} {expected.shape} for "
                 f"{fmt.name}. Convert the checkpoint again."
             )
+    bias = tensors.get(f"{layer}.bias")
+    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != weight.shape[:1]):
+        dtypes = ", ".join(sorted(FLOAT_DTYPES))
+        raise OmniConvertError(
+            f"{where}: tensor {layer}.bias is {bias.dtype} {bias.shape}, expected one of {dtypes} and "
+            f"{weight.shape[:1]}. Convert the checkpoint again."
+        )
     return weight.shape[0], weight.shape[1]
 
 

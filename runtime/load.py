@@ -49,7 +49,7 @@ def load(
     Raises:
         OmniConvertError: nothing quantized there, an unfinished conversion, a missing or damaged file, tensors that
             are not what the config announces, a device without kernels, or a library that is not installed. Found
-            before any model is built.
+            before any model is built. Found while it is filled: a tensor that it needs or does not know.
     """
     folder = Path(path)
     check_folder(folder)

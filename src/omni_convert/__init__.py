@@ -105,7 +105,8 @@ def load(
 
     Raises:
         OmniConvertError: the folder is not a whole checkpoint, or it cannot run here. Says what was found, what was
-            expected and what to do, before any model is built.
+            expected and what to do, before any weight is read; what the libraries load without complaint but should
+            not (a tensor that the model lacks or does not know), before the model is returned.
     """
     from omni_convert.converter.hub_source import local_folder
     from omni_convert.runtime.load import asked_online

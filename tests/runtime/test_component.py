@@ -45,6 +45,8 @@ def test_the_tensors_decide() -> None:
         ({"a.weight": TensorSpec("I8", (5, 4))}, r"a.weight_scale is F32 \(6, 1\), expected F32 \(5, 1\)"),
         ({"a.weight_scale": TensorSpec("F32", (6,))}, r"a.weight_scale is F32 \(6,\), expected F32 \(6, 1\)"),
         ({"a.weight_scale": TensorSpec("BF16", (6, 1))}, r"a.weight_scale is BF16 \(6, 1\), expected F32"),
+        ({"a.bias": TensorSpec("I64", (6,))}, r"a.bias is I64 \(6,\), expected one of .*BF16.* and \(6,\)"),
+        ({"a.bias": TensorSpec("BF16", (1,))}, r"a.bias is BF16 \(1,\), expected one of .* and \(6,\)"),
         ({"b.weight": TensorSpec("I8", (6, 4))}, "tensor b.weight is I8 without b.weight_scale"),
         ({"b.weight_scale": TensorSpec("F32", (6, 1))}, "layer b is in ignored_layers but has b.weight_scale"),
         ({"a.weight": None, "a.weight_scale": None}, "announces int8, but no tensor ends with .weight_scale"),
