@@ -101,3 +101,13 @@ def test_places_are_checked_before_weights_are_read(
         args = ("analyze", source, "--methods", "int8", "--budget", "size<=0.8", option, place)
         said = omni_convert.fails(2, *args)
         assert f"{option} {place}: " in said and "expected the name of a file to write" in said
+
+
+@pytest.mark.parametrize("option", ["-o", "--recipe-out"])
+def test_the_source_is_not_written_to(omni_convert: Command, source: Path, option: str) -> None:
+    before = snapshot(source)
+    result = omni_convert(
+        "analyze", source, "--methods", "int8", "--budget", "size<=0.7", option, source / "config.json"
+    )
+    assert result.code == 2 and "lies in" in result.stderr
+    assert snapshot(source) == before

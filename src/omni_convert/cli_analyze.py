@@ -6,11 +6,10 @@ from pathlib import Path
 
 import click
 
-from omni_convert.cli_output import json_option, note_local, print_result
-from omni_convert.cli_quality import check_place
+from omni_convert.cli_output import check_place, json_option, note_local, print_result, write_text
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import UsageError
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
 auto_ignore_option = click.option(
@@ -84,7 +83,7 @@ def analyze(
         raise UsageError("--recipe-out writes a choice, expected --auto-ignore or --budget beside it.")
     for option, path in (("--recipe-out", recipe_out), ("-o", output)):
         if path:
-            check_place(path, option)
+            check_place(path, option, outside=[model])
     found = analyze_model(
         model, methods, threads=threads, memory=memory, progress=True, layers=layers, ignore=ignore,
         ignore_whole_group=ignore_whole_group, components=components, target=target,
@@ -96,21 +95,11 @@ def analyze(
     if output:
         from omni_convert.quality.analysis_page import analysis_page
 
-        _write(output, analysis_page(found, choice))
+        write_text(output, analysis_page(found, choice))
     if choice and recipe_out:
-        _write(recipe_out, recipe_yaml(choice))
+        write_text(recipe_out, recipe_yaml(choice))
     if as_json:
         print_result({**found.to_dict(), **({"choice": choice_dict(choice)} if choice else {})})
     else:
         chosen = [choice_text(choice), recipe_yaml(choice).rstrip()] if choice else []
         print_result("\n\n".join([analysis_text(found), *chosen]))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise OmniConvertError(
-            f"{path}: cannot be written ({error.strerror}). Check its rights and the disk."
-        ) from error
-    click.echo(f"Wrote {path}", err=True)

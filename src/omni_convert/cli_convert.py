@@ -13,8 +13,7 @@ import click
 
 from omni_convert.cli_analyze import auto_ignore_option, budget_option, split_methods
 from omni_convert.cli_hub import hub_options, hub_target
-from omni_convert.cli_output import json_option, note_local, print_result
-from omni_convert.cli_quality import check_place, write_page
+from omni_convert.cli_output import check_place, json_option, note_local, print_result, write_text
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
@@ -174,7 +173,8 @@ def convert(
     if report:
         if dry_run:
             raise UsageError("--report tells what a conversion measured, --dry-run converts nothing. Give one of them.")
-        check_place(report, "--report")
+        read = [path for path in (model, recipe, activation_scales) if path]
+        check_place(report, "--report", outside=[*read, out])
     started = time.perf_counter()
     note_local(model)
     repository = hub_target(out, work, **publishing)
@@ -220,7 +220,7 @@ def convert(
     if report:
         from omni_convert.quality.report import report as layer_report
 
-        write_page(layer_report(out, run=done), report)
+        write_text(report, layer_report(out, run=done).to_html())
     _print(chosen, done.to_dict() if as_json else show.report_text(done))
 
 

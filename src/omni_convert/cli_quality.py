@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from omni_convert.cli_output import json_option, print_result
-from omni_convert.formats.errors import UsageError
-
-if TYPE_CHECKING:
-    from omni_convert.quality.report import LayerReport
+from omni_convert.cli_output import check_place, json_option, print_result, write_text
 
 
 @click.command(short_help="Show what quantization cost every layer, as a page, as data or as pictures.")
@@ -37,29 +32,17 @@ def report(
     """
     from omni_convert.quality.report import report as layer_report
 
+    read = [path for path in (out, source, trace) if path]
     if output:
-        check_place(output, "-o")
+        check_place(output, "-o", outside=read)
+    if pictures:
+        check_place(pictures, "--pictures", outside=read, is_folder=True)
     found = layer_report(out, source=source, trace=trace, progress=True)
     if output:
-        write_page(found, output)
+        write_text(output, found.to_html())
     if pictures:
         from omni_convert.quality.pictures import write_pictures
 
         for path in write_pictures(found, pictures):
             click.echo(f"Wrote {path}", err=True)
     print_result(found.to_dict() if as_json else found.to_text())
-
-
-def check_place(path: Path, option: str) -> None:
-    """Raises:
-    UsageError: there is no folder for ``path``, or it is one.
-    """
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder" if path.is_dir() else f"found no folder {path.parent}"
-        raise UsageError(f"{option} {path}: {what}, expected the name of a file to write, such as report.html.")
-
-
-def write_page(found: LayerReport, path: Path) -> None:
-    """The report as a page."""
-    path.write_text(found.to_html(), encoding="utf-8")
-    click.echo(f"Wrote {path}", err=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from browser import DESKTOP, PHONE, opened, overflow
 from click.testing import CliRunner
-from hostile.small import random, write_weights
+from hostile.small import random, snapshot, write_weights
 
 import omni_convert
 from omni_convert.cli import main
@@ -177,11 +177,47 @@ def test_command(found: LayerReport, minilm: Path, tmp_path: Path) -> None:
 def test_places_that_cannot_be_written_are_refused_first(
     option: str, found: LayerReport, minilm: Path, tmp_path: Path
 ) -> None:
-    command = ["report", str(found.conversion.path)] if option == "-o" else [str(minilm), str(tmp_path / "out")]
-    for place, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "r.html", "found no folder")):
+    (tmp_path / "link.html").symlink_to(minilm / "config.json")
+    before = snapshot(minilm)
+    command = [str(minilm), str(tmp_path / "out")]
+    if option == "-o":
+        command = ["report", str(found.conversion.path), "--source", str(minilm)]
+    for place, said in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "no" / "r.html", "found no folder"),
+        (minilm / "config.json", f"lies in {minilm}"),
+        (tmp_path / "link.html", f"lies in {minilm}"),
+    ):
         result = CliRunner().invoke(main, [*command, option, str(place)])
         assert result.exit_code == 2 and said in result.output
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and snapshot(minilm) == before
+
+
+@pytest.mark.parametrize("option", ["-o", "--pictures"])
+def test_the_conversion_stays_as_it_is(option: str, found: LayerReport, tmp_path: Path) -> None:
+    out = found.conversion.path
+    before = snapshot(out)
+    for place in (out / "README.md", out):
+        result = CliRunner().invoke(main, ["report", str(out), option, str(place)])
+        assert result.exit_code == 2 and f"lies in {out}" in result.output
+    assert snapshot(out) == before
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(main, ["report", str(out), "--pictures", str(tmp_path / "file")])
+    assert result.exit_code == 2 and "is a file" in result.output
+
+
+def test_a_conversion_does_not_take_its_output_for_the_report(minilm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for place in (out, out / "r.html"):
+        result = CliRunner().invoke(main, ["--method", "int8", "--report", str(place), str(minilm), str(out)])
+        assert result.exit_code == 2 and f"lies in {out}" in result.output
+    assert not any(out.iterdir())
+
+
+def test_what_the_system_refuses_is_one_paragraph(found: LayerReport) -> None:
+    result = CliRunner().invoke(main, ["report", str(found.conversion.path), "-o", "/proc/x.html"])
+    assert result.exit_code == 1 and "/proc/x.html: cannot be written" in result.output
 
 
 def test_a_dry_run_has_no_report(minilm: Path, tmp_path: Path) -> None:
