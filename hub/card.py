@@ -89,7 +89,9 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
 def base_of(manifest: Mapping[str, Any], given: str | None) -> Base:
     """``given``: the base model's repository, where the source was a folder."""
     source = manifest["source"]
-    return Base(repo=given or source.get("repo"), revision=source.get("revision"), name=source["name"])
+    repo = given or source.get("repo")
+    commit = source.get("revision") if repo == source.get("repo") else None  # means nothing in another repository
+    return Base(repo=repo, revision=commit, name=source["name"])
 
 
 def _opening(manifest: Mapping[str, Any], recipe: Recipe, base: Base) -> str:

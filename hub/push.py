@@ -11,13 +11,13 @@ from typing import Any
 
 from omni_convert.converter.plan import encode_json
 from omni_convert.converter.verify import verify
-from omni_convert.formats.errors import OmniConvertError, printable
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import format_bytes, format_table
 from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
 from omni_convert.hub.metadata import CARD_NAME, check_card
 from omni_convert.hub.picture import draw_picture
-from omni_convert.hub.repository import Draft, RemoteFile, Repository
+from omni_convert.hub.repository import Draft, RemoteFile, Repository, parse_repo_id
 
 NOT_PUBLISHED = (CARD_NAME, ".gitattributes")
 """Files of the base's repository that are about it: ours has a card and settings of its own."""
@@ -79,12 +79,30 @@ def push(
         OmniConvertError: ``out`` is unfinished, fails ``verify``, or the Hub refuses; says what to do.
     """
     root = Path(os.path.abspath(out))
-    repo, given = Repository(repo_id), check_card(Path(card)) if card is not None else None
+    repo, given = target_repository(repo_id, base_model), check_card(Path(card)) if card is not None else None
     _check_whole(root)
     repo.user()  # before the folder is read for verification, which takes a while
     _verify(root, progress)
     upload = FolderUpload(root, repo, given, base_model)
     return publish(upload, private=private, create_pr=create_pr, message=message, confirm=confirm)
+
+
+def target_repository(repo_id: str, base_model: str | None, source: str | None = None) -> Repository:
+    """Where to publish. ``base_model``: as the user gave it; ``source``: repository that is converted.
+
+    Raises:
+        UsageError: no name of a repository, or the one that is converted.
+    """
+    repo, base = Repository(repo_id), None if base_model is None else parse_repo_id(base_model, "--base-model: ")
+    _check_other(repo, base, source)
+    return repo
+
+
+def _check_other(repo: Repository, *bases: str | None) -> None:
+    if any(base is not None and base.lower() == repo.id.lower() for base in bases):
+        raise UsageError(
+            f"{repo.id}: is the base model, whose weights would be replaced. Choose another repository to publish in."
+        )
 
 
 class FolderUpload:
@@ -95,6 +113,7 @@ class FolderUpload:
         self.repo = repo
         manifest = read_json(root / MANIFEST_NAME)
         self.base = base_of(manifest, base_model)
+        _check_other(repo, self.base.repo, manifest["source"].get("repo"))
         self.methods = manifest["recipe"].get("method") or "quantized"
         picture = draw_picture(manifest)
         text = card if card is not None else make_card(root, repo.id, base=self.base, picture=picture is not None)
@@ -172,26 +191,31 @@ def stale_files(repo: Repository, published: Mapping[str, RemoteFile], files: Co
     """Files of an earlier conversion in the repository that this one does not replace.
 
     Raises:
-        OmniConvertError: weights of somebody else would lie beside ours.
+        OmniConvertError: weights of somebody else, or their configs, would be replaced or lie beside ours.
     """
     earlier = read_json(repo.read(MANIFEST_NAME)).get("files") if MANIFEST_NAME in published else {}
     ours = {*(earlier if isinstance(earlier, dict) else ()), PICTURE_NAME}
     folders = {name.rpartition("/")[0] for name in files if name.endswith(".safetensors")}
     for name in published:
         weights = name.endswith((".safetensors", ".safetensors.index.json")) and name.rpartition("/")[0] in folders
-        if weights and name not in files and name not in ours:
-            raise OmniConvertError(
-                f"{repo.url}: holds {printable(name)}, which omni-convert did not write and which would lie beside the "
-                "new weights; engines could load both. Remove it there, or choose another repository."
+        if name not in ours and (weights or (name in files and is_seal(name))):
+            what = (
+                "which this would replace"
+                if name in files
+                else "which would lie beside the new weights; engines could load both"
             )
-    return [name for name in published if name in ours and name not in files]
+            raise OmniConvertError(
+                f"{repo.url}: holds {printable(name)}, which no {MANIFEST_NAME} there lists as its own, "
+                f"and {what}. Choose another repository, or remove it there."
+            )
+    return [name for name in published if name in ours and name not in files and name not in NOT_PUBLISHED]
 
 
 def find_changes(upload: FolderUpload, published: Mapping[str, RemoteFile]) -> tuple[Change, ...]:
     """What the upload makes of what is published.
 
     Raises:
-        OmniConvertError: weights of somebody else would lie beside ours.
+        OmniConvertError: weights of somebody else, or their configs, would be replaced or lie beside ours.
     """
 
     def state(name: str, size: int, sha256: str) -> str:

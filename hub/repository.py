@@ -40,8 +40,8 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def parse_repo_id(text: str) -> str:
-    """``org/name``, checked.
+def parse_repo_id(text: str, what: str = "") -> str:
+    """``org/name``, checked. ``what``: before the message, as in "--base-model: ".
 
     Raises:
         UsageError: not the name of a model repository.
@@ -50,8 +50,8 @@ def parse_repo_id(text: str) -> str:
     from huggingface_hub.utils import validate_repo_id
 
     wrong = UsageError(
-        f"{printable(text)!r} is no name of a model repository, expected ORGANIZATION/NAME or YOU/NAME, of letters, "
-        "digits, '-', '_' and '.'."
+        f"{what}{printable(text)!r} is no name of a model repository, expected ORGANIZATION/NAME or YOU/NAME, of "
+        "letters, digits, '-', '_' and '.'."
     )
     if text.count("/") != 1:
         raise wrong
@@ -110,8 +110,17 @@ class Repository:
         )
 
     def create(self, *, private: bool) -> None:
-        """Make it if it is not there. ``private`` says nothing of one that is."""
+        """Make it if it is not there.
+
+        Raises:
+            UsageError: ``private``, and everybody sees the one that is there.
+        """
         self._try(lambda: self.api.create_repo(self.id, private=private or None, exist_ok=True), "cannot be created")
+        if private and not self._try(lambda: self.api.repo_info(self.id), "cannot be read").private:
+            raise UsageError(
+                f"{self.url}: is there and public, so --private would not be kept. Make it private in its settings "
+                f"({self.url}/settings), or leave out --private."
+            )
 
     def check_write(self) -> None:
         """Before a byte is uploaded: everybody may open a pull request, but not merge it."""

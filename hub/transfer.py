@@ -29,8 +29,8 @@ from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
 from omni_convert.hub.metadata import check_card
-from omni_convert.hub.push import FolderUpload, Publication, find_changes, prepare, seal, stale_files
-from omni_convert.hub.repository import Draft, Repository
+from omni_convert.hub.push import FolderUpload, Publication, find_changes, prepare, seal, stale_files, target_repository
+from omni_convert.hub.repository import Draft
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,10 +120,10 @@ class HubOutlet:
         identity = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
         self._target = target
         self._card = check_card(Path(target.card)) if target.card is not None else None
-        self._repo = Repository(target.repo_id)
+        hub = plan.checkpoint.hub
+        self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
         self._mark = f"(omni-convert {identity})"
         methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
-        hub = plan.checkpoint.hub
         self._title = (
             target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.root.name}"
         )
