@@ -21,6 +21,8 @@ from omni_convert.formats.header import FLOAT_DTYPES, TensorSpec
 from omni_convert.formats.layout import MANIFEST_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import layer_patterns
 
+_MOST_DB = 1000
+"""Beyond all that float32 can tell."""
 _NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
 
 
@@ -131,7 +133,7 @@ def read_conversion(out: str | os.PathLike[str]) -> Conversion:
         view = View(component, recipe, pipeline)
         decisions = entry["tensors"]
         formats[name] = layer_formats(recipe, name, decisions)
-        tensors = dict(_source_tensors(component, decisions))
+        tensors = dict(_source_tensors(component, decisions, formats[name]))
         weights = {tensor: spec for tensor, spec in tensors.items() if is_weight(tensor, spec)}
         others += [spec for tensor, spec in tensors.items() if tensor not in weights]
         places = block_kinds([tensor.removesuffix(".weight") for tensor in weights])
@@ -172,16 +174,17 @@ def block_kinds(layers: Sequence[str]) -> dict[str, tuple[str, int | None]]:
 
 
 def _source_tensors(
-    component: Component, decisions: Mapping[str, Mapping[str, Any]]
+    component: Component, decisions: Mapping[str, Mapping[str, Any]], formats: Mapping[str, Format]
 ) -> Iterator[tuple[str, TensorSpec]]:
     """Dtype and shape in the source of every tensor that the manifest tells of."""
     stored = {name: tensor.spec for name, tensor, _ in component.tensors()}
+    expected = decisions.keys() | {f"{layer}.{suffix}" for layer, fmt in formats.items() for suffix in fmt.suffixes}
+    for name in sorted(expected ^ stored.keys()):
+        found = "holds {}, which its manifest does not name" if name in stored else "lacks {}, which its manifest names"
+        raise OmniConvertError(
+            f"{component.folder}: {found.format(printable(name))}. Check it with: omni-convert verify."
+        )
     for name, entry in decisions.items():
-        if name not in stored:
-            raise OmniConvertError(
-                f"{component.folder}: lacks {printable(name)}, which the manifest names. Check it with: omni-convert "
-                "verify."
-            )
         quantized = entry["action"] != "keep"
         dtype = entry.get("dtype") if quantized else stored[name].dtype
         if quantized and dtype not in FLOAT_DTYPES:
@@ -216,10 +219,19 @@ def _layer(
         shape=spec.shape,
         bytes_before=spec.nbytes,
         bytes_after=sum(part.nbytes for part in after),
-        sqnr_db=_number(entry.get("sqnr_db"), math.inf) if fmt else None,
-        shared_scale_db=_number(entry.get("shared_scale_db"), None) if fmt else None,
+        sqnr_db=_decibel(view, tensor, entry, "sqnr_db", math.inf) if fmt else None,
+        shared_scale_db=_decibel(view, tensor, entry, "shared_scale_db", None) if fmt else None,
     )
 
 
-def _number(value: object, otherwise: float | None) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else otherwise
+def _decibel(view: View, tensor: str, entry: Mapping[str, Any], key: str, otherwise: float | None) -> float | None:
+    """``otherwise``: what stands for null, and for nothing."""
+    value = entry.get(key)
+    if value is None:
+        return otherwise
+    if type(value) in (int, float) and abs(value) <= _MOST_DB:  # a NaN is not
+        return float(value)
+    raise OmniConvertError(
+        f"{view.component.folder}: the manifest has {key} {printable(value)} for {printable(tensor)}, expected a "
+        f"number from -{_MOST_DB} to {_MOST_DB}, or null. Convert again."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import shlex
@@ -15,7 +16,6 @@ from omni_convert.converter.checkpoint import open_component
 from omni_convert.formats.config import exact_pattern
 from omni_convert.formats.errors import printable
 from omni_convert.formats.patterns import Pattern
-from omni_convert.formats.target import find_target
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
 from omni_convert.quality.layers import Conversion, Layer, read_conversion
 from omni_convert.quality.trace_file import read_trace
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 WORST = 20
 """How many layers are shown in detail."""
-_FINER = {"mxfp4": "mxfp8", "mxfp4_dualscale": "mxfp8", "fp8": "int8", "mxfp8": "int8"}
 
 
 class Step(NamedTuple):
@@ -46,8 +45,7 @@ class Step(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Detail:
     """One of the worst layers. ``after``: the dequantized sample in even bins from -``limit`` to ``limit``, those of
-    ``statistics.counts``. ``keep``, ``finer``: options that keep its group, or quantize it with another method whose
-    steps are finer, where the target can mix."""
+    ``statistics.counts``. ``keep``: the option that keeps its group."""
 
     layer: Layer
     statistics: LayerStatistics | None
@@ -55,7 +53,6 @@ class Detail:
     after: tuple[int, ...]
     scales: tuple[Scales, ...]
     keep: str
-    finer: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +115,6 @@ class LayerReport:
                 {
                     "layer": detail.layer.full_name,
                     "keep": detail.keep,
-                    "finer": detail.finer,
                     "limit": detail.limit,
                     "after": list(detail.after),
                     "scales": [asdict(scales) for scales in detail.scales],
@@ -266,26 +262,26 @@ def _detail(
     found, own = statistics.get((layer.component, layer.name)), codes[layer.component][layer.name]
     values = own.values(sample_rows(layer.shape))
     limit = found.limit if found else float(np.abs(values).max())
-    pattern = keeping_pattern(layer, done)
-    finer = _FINER.get(own.format.name) if find_target(done.recipe.target).mixes else None
     return Detail(
         layer=layer,
         statistics=found,
         limit=limit,
         after=histogram(values, limit),
         scales=tuple(own.scales()),
-        keep=f"--ignore {shlex.quote(pattern)}",
-        finer=f"--layer {shlex.quote(f'{pattern}={finer}')}" if finer else None,
+        keep=f"--ignore {shlex.quote(keeping_pattern(layer, done))}",
     )
 
 
 def keeping_pattern(layer: Layer, done: Conversion) -> str:
     """What ``--ignore`` takes for the group of a layer, and for nothing else of the conversion."""
+    prefix = f"{layer.component}." if len(done.classes) > 1 else ""
+    escaped = glob.escape(layer.group)
+    if escaped != layer.group or layer.group.startswith("re:"):  # would be a pattern
+        return prefix + (escaped if escaped.startswith("[") else exact_pattern(escaped))
     pattern = Pattern(layer.group)
-    others = (other for other in done.layers if (other.component, other.group) != (layer.component, layer.group))
+    others = (other for other in done.layers if other.component == layer.component and other.group != layer.group)
     alone = not any(pattern.matches(name) for other in others for name in (other.name, other.group))
-    text = layer.group if alone else exact_pattern(layer.group)
-    return f"{layer.component}.{text}" if len(done.classes) > 1 else text
+    return prefix + (layer.group if alone else exact_pattern(layer.group))
 
 
 def _finite(value: float | None) -> float | None:

@@ -41,7 +41,8 @@ def _worst(report: LayerReport) -> str:
     lead = (
         "Filled: the weights before. Line: after, dequantized. Heights are logarithmic, so that single outliers show. "
         "Of a sample of rows; errors are of all weights. The line below each layer keeps it as it is in the source: "
-        "add it to the command of the next conversion."
+        "add it to the command of the next conversion. What other methods would cost it, omni-convert analyze MODEL "
+        "measures."
     )
     cards = "".join(_card(detail, report, shades) for detail in report.details)
     return html.section("The worst layers", html.paragraph(lead), f'<div class="cards">{cards}</div>')
@@ -67,8 +68,6 @@ def _card(detail: Detail, report: LayerReport, shades: Shades) -> str:
         html.copyable(detail.keep),
         f"<small>{text(f'keeps it{fused}: {format_bytes(kept)} more of this layer')}</small>",
     ]
-    if detail.finer:
-        parts += [html.copyable(detail.finer), "<small>or quantizes it with finer steps</small>"]
     return f'<article class="card">{"".join(parts)}</article>'
 
 
@@ -165,7 +164,16 @@ def _table(report: LayerReport) -> str:
     )
     if report.outputs:
         lead += html.paragraph("Output dB: the same ratio of the layer's output, on the activations that were traced.")
-    return html.section("All layers", lead, html.table("layers", columns, rows, hint="Filter, for example: attn int8"))
+    return html.section("All layers", lead, html.table("layers", columns, rows, hint=_hint(report)))
+
+
+def _hint(report: LayerReport) -> str:
+    """Words that find the worst layers of the same kind, as an example; layers without a loss have none."""
+    if not report.details:
+        return "Filter"
+    worst = report.details[0].layer
+    parts = [part for part in worst.kind.split(".") if any(map(str.isalpha, part)) and "*" not in part]
+    return f"Filter, for example: {parts[-1] if parts else ''} {worst.format}"
 
 
 def _shown(value: float | None) -> float | None:

@@ -86,8 +86,15 @@ def test_exact_layers_lost_nothing(out: Path, tmp_path: Path) -> None:
     [
         (lambda tensors: tensors.update(ghost={"action": "keep", "why": ""}), "lacks ghost"),
         (lambda tensors: tensors[QUERY].pop("dtype"), "was None, expected BF16"),
+        (lambda tensors: tensors.clear(), "does not name"),
+        (lambda tensors: tensors.pop(QUERY), f"holds {QUERY}.*does not name"),
+        (lambda tensors: tensors[QUERY].update(action="keep"), f"holds {QUERY}_scale.*does not name"),
+        *(
+            (lambda tensors, value=value: tensors[QUERY].update(sqnr_db=value), f"transformer: .*sqnr_db .*for {QUERY}")
+            for value in (math.nan, math.inf, -1e6, 1e300, "x", True, [])
+        ),
+        (lambda tensors: tensors[QUERY].update(shared_scale_db="x"), f"shared_scale_db x for {QUERY}"),
     ],
-    ids=["a tensor too many", "no dtype"],
 )
 def test_manifest_that_does_not_fit(
     out: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str

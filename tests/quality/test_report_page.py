@@ -90,6 +90,9 @@ def test_table(page: Page, found: LayerReport) -> None:
     page.get_by_role("searchbox").fill("output.dense int8")
     shown = page.locator("tbody td:first-child").all_inner_texts()
     assert shown and all("output.dense" in name for name in shown)
+    hint = page.get_by_role("searchbox").get_attribute("placeholder") or ""
+    page.get_by_role("searchbox").fill(hint.removeprefix("Filter, for example: "))
+    assert 0 < page.locator("tbody tr").count() < len(found.conversion.quantized)
     page.get_by_role("searchbox").fill("keep")
     assert page.locator("tbody tr").count() == len(found.conversion.layers) - len(found.conversion.quantized)
 
