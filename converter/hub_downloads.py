@@ -114,6 +114,7 @@ class Downloads:
     def running(self, names: Sequence[str], progress: Callable[[int], None]) -> Iterator[None]:
         """Fetch ``names`` in this order meanwhile; ``progress`` receives the bytes that come."""
         self._order, self._progress = list(names), progress
+        self._clear_scratch()
         self._stop.clear()
         self._thread = Thread(target=self._run, name="omni-convert-downloads", daemon=True)
         self._thread.start()
@@ -125,6 +126,17 @@ class Downloads:
             thread.join(timeout=2)  # what is under way cannot always be stopped
             if not thread.is_alive():
                 self._stop.clear()
+
+    def _clear_scratch(self) -> None:
+        """Remove what a run that was killed left there: parts of files, which nobody goes on with, and whole ones
+        that are not needed any more."""
+        if self.scratch is None:
+            return
+        for path in [item for item in self.scratch.rglob("*") if item.is_file()]:
+            name = path.relative_to(self.scratch).as_posix()
+            is_notes = name.startswith(".cache/")
+            if name.endswith(".incomplete") if is_notes else name not in self._order:
+                path.unlink()
 
     def give_up(self) -> None:
         """Let nobody wait any more, since the run stops."""

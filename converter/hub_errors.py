@@ -59,13 +59,14 @@ def explained(repo: Repo, name: str = "") -> Iterator[None]:
     except OmniConvertError:
         raise
     except Exception as error:
-        text = _explanation(_cause(error), repo)
+        text = _explanation(_cause(error), repo, "" if name else "found no such folder here, and ")
         if text is None:
             raise
         raise OmniConvertError(f"{repo.id}: {name and f'{printable(name)}: '}{text}") from None
 
 
-def _explanation(error: Exception, repo: Repo) -> str | None:
+def _explanation(error: Exception, repo: Repo, here: str) -> str | None:
+    """``here``: what was found in place of a folder of that name, if that may be what was meant."""
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{repo.id}"
@@ -90,8 +91,8 @@ def _explanation(error: Exception, repo: Repo) -> str | None:
         return None  # of the disk: it has a file name and a reason
     if _may_pass(error):
         return (
-            f"the connection to {constants.ENDPOINT} failed ({_what(error)}), again and again. Check the network, then "
-            "run again; HF_HUB_OFFLINE=1 does without, if the Hub cache holds all of it."
+            f"{here}the connection to {constants.ENDPOINT} failed ({_what(error)}), again and again. Check the "
+            "network, then run again; HF_HUB_OFFLINE=1 does without, if the Hub cache holds all of it."
         )
     return None
 

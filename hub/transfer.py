@@ -6,14 +6,11 @@ of the Hub after any crash, by public calls, which of files that were uploaded a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -28,9 +25,11 @@ from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
+from omni_convert.hub.errors import redact
 from omni_convert.hub.metadata import check_card
 from omni_convert.hub.push import FolderUpload, Publication, find_changes, prepare, seal, stale_files, target_repository
-from omni_convert.hub.repository import Draft
+from omni_convert.hub.repository import Draft, parse_repo_id
+from omni_convert.hub.work import Work
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,7 +44,11 @@ _LARGE = 10 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where to publish, and how, as ``push`` takes it. ``work``: the folder for what is under way."""
+    """Where to publish, and how, as ``push`` takes it. ``work``: the folder below which is what is under way.
+
+    Raises:
+        UsageError: no repository can have that name.
+    """
 
     repo_id: str
     private: bool = False
@@ -54,6 +57,9 @@ class Target:
     base_model: str | None = None
     message: str | None = None
     work: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        parse_repo_id(self.repo_id)
 
 
 def convert_to_hub(
@@ -70,6 +76,7 @@ def convert_to_hub(
     threads: int | None = None,
     memory: int | None = None,
     device: str = "cpu",
+    overwrite: bool = False,
     progress: bool = False,
     **choices: Unpack[Choices],
 ) -> tuple[Report, Publication]:
@@ -79,8 +86,9 @@ def convert_to_hub(
 
     Args:
         source, quantization, threads, memory, device, progress, choices: as ``convert`` takes them.
+        overwrite: begin anew, and remove what other runs left unfinished for this repository in ``work``.
         repo_id, private, create_pr, card, base_model, message: as ``push`` takes them.
-        work: folder for what is under way, about three shards; by default in the cache of huggingface_hub.
+        work: folder below which is what is under way, about three shards; by default in the cache of huggingface_hub.
 
     Raises:
         OmniConvertError: as ``convert`` and ``push``.
@@ -90,7 +98,7 @@ def convert_to_hub(
         repo_id=repo_id, private=private, create_pr=create_pr, card=card, base_model=base_model, message=message,
         work=work,
     )  # fmt: skip
-    means = Means(threads=threads, memory=memory, device=device)
+    means = Means(threads=threads, memory=memory, device=device, overwrite=overwrite)
     return transfer(plan(source, quantization, **choices), target, means, progress=progress, started=started)
 
 
@@ -99,14 +107,11 @@ def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, starte
     if means.engine != "local":
         raise UsageError(f"--engine {means.engine} writes into a folder. Convert into one, then: omni-convert push.")
     with _without_bars():
-        outlet = HubOutlet(plan, target, progress=progress)
+        outlet = HubOutlet(plan, target, means, progress=progress)
         if plan.checkpoint.hub:
-            means = replace(means, scratch=outlet.work / "downloads")
-        report = run(plan, outlet.work / "out", means, progress=progress, started=started, outlet=outlet)
-    for name in ("out", "downloads"):
-        shutil.rmtree(outlet.work / name, ignore_errors=True)
-    with suppress(OSError):  # somebody keeps other files there
-        outlet.work.rmdir()
+            means = replace(means, scratch=outlet.work.downloads)
+        report = run(plan, outlet.work.out, means, progress=progress, started=started, outlet=outlet)
+    outlet.work.remove()
     assert outlet.publication is not None
     return replace(report, out=outlet.publication.url), outlet.publication
 
@@ -114,24 +119,24 @@ def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, starte
 class HubOutlet:
     """Uploads large files, each while the next is converted. See ``Outlet``."""
 
-    def __init__(self, plan: Plan, target: Target, *, progress: bool) -> None:
+    def __init__(self, plan: Plan, target: Target, means: Means, *, progress: bool) -> None:
         """Finds out everything that can be refused before a byte is converted."""
         job = job_identity(plan)
-        identity = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
+        self.work = Work(target.work, target.repo_id, job)
         self._target = target
         self._card = check_card(Path(target.card)) if target.card is not None else None
         hub = plan.checkpoint.hub
         self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
-        self._mark = f"(omni-convert {identity})"
+        self._mark = f"(omni-convert {self.work.identity})"
         methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
         self._title = (
             target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.root.name}"
         )
         self._progress = progress
+        self.work.check(resume=means.resume, overwrite=means.overwrite)
         self._repo.user()
         self._published = self._repo.files() or {}
-        self.work = Path(os.path.abspath(target.work)) if target.work else _work_folder(self._repo.id, identity)
-        stale_files(self._repo, self._published, OutputFolder(plan, self.work, job).files)
+        stale_files(self._repo, self._published, OutputFolder(plan, self.work.out, job).files)
         prepare(self._repo, private=target.private, create_pr=target.create_pr)
         self._draft = self._repo.find_draft(self._mark)
         found = self._draft.files() if self._draft else self._published
@@ -193,7 +198,9 @@ class HubOutlet:
             except OmniConvertError as error:
                 self._error = error
             except BaseException as error:  # whatever it is, whoever waits raises it
-                self._error = OmniConvertError(f"{name}: cannot be uploaded ({type(error).__name__}: {error}).")
+                self._error = OmniConvertError(
+                    f"{name}: cannot be uploaded ({type(error).__name__}: {redact(str(error))})."
+                )
             finally:
                 self._room.release()
 
@@ -226,9 +233,3 @@ def _tell(text: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)
-
-
-def _work_folder(repo_id: str, identity: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "omni-convert" / f"{repo_id.replace('/', '--')}--{identity}"

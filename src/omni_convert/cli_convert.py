@@ -153,7 +153,7 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     help="Write a page about every layer, measured while its weights pass by.",
 )
 @hub_options("To hub: ")
-@click.option("--work", type=click.Path(path_type=Path), metavar="DIR", help="To hub: Folder for what is under way.")
+@click.option("--work", type=click.Path(path_type=Path), metavar="DIR", help="To hub: Where what is under way lies.")
 @json_option
 def convert(
     model: Path, out: Path, method: str | None, recipe: Path | None, granularity: str | None, block_size: str | None,

@@ -151,7 +151,7 @@ def test_from_a_folder(
     assert report.out == publication.url == f"{hub.url}/{REPO}"
     assert report.bytes_written == sum(map(len, folder_files(source.with_name("out")).values()))
     assert hub.store.repos[REPO].private
-    assert not work.exists()
+    assert not list(work.iterdir())
     check_published(hub, local)
     before = len(hub.requests)
     again = convert_to_hub(source, REPO, method="int8", work=work, base_model="org/base")[1]

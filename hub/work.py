@@ -1,0 +1,101 @@
+"""The folder of what is under way into a repository: its name tells the repository and the job, so it is ours alone."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from omni_convert.converter.job import difference
+from omni_convert.converter.journal import read_journal
+from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.layout import MARKER_NAME
+
+
+class Work:
+    """A job's place below ``parent``, by default in the cache of huggingface_hub. Nothing beside it is touched."""
+
+    def __init__(self, parent: str | os.PathLike[str] | None, repo_id: str, job: Mapping[str, Any]) -> None:
+        self.job = job
+        self.identity = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
+        self.repo_id = repo_id
+        self._home = Path(os.path.abspath(parent)) if parent is not None else _default_home()
+        self.path = self._home / f"{self._prefix}{self.identity}"
+
+    @property
+    def out(self) -> Path:
+        return self.path / "out"
+
+    @property
+    def downloads(self) -> Path:
+        return self.path / "downloads"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.repo_id.replace('/', '--')}--"
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Have no other unfinished work for this repository; ``overwrite`` removes it.
+
+        Raises:
+            OmniConvertError: there is some, and it is kept or in use; or nothing to ``resume``.
+        """
+        if resume and not (self.out / MARKER_NAME).is_file():
+            raise UsageError(f"--resume: {self.path} holds nothing to go on with. Begin without --resume.")
+        for other in self._others():
+            if not overwrite:
+                raise self._unfinished(other)
+            _remove_unused(other)
+
+    def remove(self) -> None:
+        """What the run made; the folder too, unless somebody keeps other files there."""
+        _remove(self.path)
+
+    def _others(self) -> list[Path]:
+        """Places of other jobs for this repository that did not come to their end."""
+        name = re.compile(re.escape(self._prefix) + "[0-9a-f]{12}")
+        found = [item for item in self._home.iterdir() if name.fullmatch(item.name)] if self._home.is_dir() else []
+        return sorted(item for item in found if item != self.path and (item / "out" / MARKER_NAME).is_file())
+
+    def _unfinished(self, other: Path) -> OmniConvertError:
+        before = read_journal(other / "out" / MARKER_NAME).job or {}
+        came_from = before.get("repository")
+        source = f"{came_from['repo']}@{came_from['revision']}" if isinstance(came_from, dict) else "its source"
+        return OmniConvertError(
+            f"{other}: holds unfinished work for {self.repo_id}, of another job: {difference(before, self.job)}. "
+            f"Go on with that one ({source}, and its options), or begin anew with --overwrite, which removes it."
+        )
+
+
+def _remove_unused(path: Path) -> None:
+    marker = path / "out" / MARKER_NAME
+    with marker.open("rb+") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OmniConvertError(
+                f"{path}: {read_journal(marker).holder} is writing there now. Wait until it is done, or stop it."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    for name in ("out", "downloads"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    with suppress(OSError):
+        path.rmdir()
+
+
+def _default_home() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "omni-convert"
