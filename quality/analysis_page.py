@@ -143,7 +143,8 @@ def _chart(analysis: Analysis, curve: Sequence[Choice]) -> str:
             shapes += f'<circle cx="{across:.1f}" cy="{up:.1f}" {look} stroke-width="2" data-tip="{tip}"/>'
     names = (
         f'<text x="{(_LEFT + _WIDE) / 2}" y="{_TALL - 6}" text-anchor="middle">size, of the source</text>'
-        f'<text transform="translate(11 {(_TALL - _FOOT) / 2}) rotate(-90)" text-anchor="middle">error, dB</text>'
+        f'<text transform="translate(11 {(_TALL - _FOOT) / 2}) rotate(-90)" text-anchor="middle">'
+        "signal to error, dB (higher is better)</text>"
     )
     box = f'viewBox="0 0 {_WIDE} {_TALL}" role="img" aria-label="Size and error"'
     return f"<figure><svg {box}>{shapes}{names}</svg></figure>"

@@ -13,6 +13,8 @@ from omni_convert.quality import html
 from omni_convert.quality.html import text
 from omni_convert.quality.layers import Conversion, Layer
 
+NARROW = 120
+"""From so many blocks on, cells have no gaps between them, which would take their width."""
 SHADES = 9
 """From q0, the best, to q8: perceptually ordered, by lightness alone too."""
 _STEPS = (0.25, 0.5, 1, 2, 3, 5, 10, 20)
@@ -94,7 +96,8 @@ def _family(family: Family, shades: Shades) -> str:
     ends = "".join(f"<span>{block}</span>" for block in dict.fromkeys((family.blocks[0], family.blocks[-1])))
     caption = f"<figcaption>{text(family.prefix)}, {len(family.blocks)} blocks</figcaption>"
     axis = f'<div class="row ends"><span></span><div>{ends}</div></div>'
-    return f'<figure class="heat" style="--n:{len(family.blocks)}">{caption}{rows}{axis}</figure>'
+    look = "heat dense" if len(family.blocks) > NARROW else "heat"
+    return f'<figure class="{look}" style="--n:{len(family.blocks)}">{caption}{rows}{axis}</figure>'
 
 
 def _row(name: str, cells: Sequence[Sequence[Layer]], shades: Shades) -> str:

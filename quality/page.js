@@ -70,10 +70,13 @@ function startTable(box) {
     line.append(heading);
   });
   input.addEventListener("input", show);
-  more.addEventListener("click", () => {
+  function showAll() {
     all = true;
     show();
-  });
+  }
+
+  more.addEventListener("click", showAll);
+  addEventListener("beforeprint", showAll); // paper has no button for the rest
   show();
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 from omni_convert.converter.statistics import BINS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.text import format_db
-from omni_convert.quality.heat import Family, Shades, families
+from omni_convert.quality.heat import NARROW, Family, Shades, families
 from omni_convert.quality.report import LayerReport, title
 
 _INK, _QUIET, _BEFORE, _AFTER, _KEPT = "#1d1c1a", "#65625c", "#0a5fa8", "#d9530b", "#dedbd4"
@@ -92,8 +92,9 @@ def _heat_map(family: Family, place: Any, colours: Any, norm: Any) -> None:
             kept[row, column] = np.nan if lost else 1
     from matplotlib.colors import ListedColormap
 
-    place.pcolormesh(kept, cmap=ListedColormap([_KEPT]), edgecolors="white", linewidth=1)
-    place.pcolormesh(values, cmap=colours, norm=norm, edgecolors="white", linewidth=1)
+    edges = {} if len(family.blocks) > NARROW else {"edgecolors": "white", "linewidth": 1}
+    place.pcolormesh(kept, cmap=ListedColormap([_KEPT]), **edges)
+    place.pcolormesh(values, cmap=colours, norm=norm, **edges)
     place.set_yticks(np.arange(len(family.kinds)) + 0.5, list(family.kinds))
     steps = range(0, len(family.blocks), max(1, len(family.blocks) // 12))
     place.set_xticks([step + 0.5 for step in steps], [str(family.blocks[step]) for step in steps])

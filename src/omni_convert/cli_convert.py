@@ -17,7 +17,7 @@ from omni_convert.cli_output import check_place, json_option, note_local, print_
 from omni_convert.converter.files import parse_size
 from omni_convert.formats import FORMATS, format_label
 from omni_convert.formats.base import QUALITIES, SCALE_RULES
-from omni_convert.formats.errors import UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.int8 import FUSED_SCALES
 from omni_convert.formats.target import DEFAULT_TARGET, TARGETS
 
@@ -218,9 +218,10 @@ def convert(
         return
     done = run(planned, out, means, progress=True, started=started)
     if report:
-        from omni_convert.quality.report import report as layer_report
+        with _complete(out):
+            from omni_convert.quality.report import report as layer_report
 
-        write_text(report, layer_report(out, run=done).to_html())
+            write_text(report, layer_report(out, run=done).to_html())
     _print(chosen, done.to_dict() if as_json else show.report_text(done))
 
 
@@ -249,6 +250,18 @@ def _print(chosen: Choice | None, result: str | dict[str, Any]) -> None:
     print_result(
         f"{choice_text(chosen)}\n\n{result}" if isinstance(result, str) else {**result, "choice": choice_dict(chosen)}
     )
+
+
+@contextmanager
+def _complete(out: Path) -> Iterator[None]:
+    """For what is done after a conversion: whatever ends it, the conversion is there."""
+    said = f" {out} is complete; only the report is missing: omni-convert report {out}, with --source for all of it."
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(said) from None
+    except OmniConvertError as error:
+        raise type(error)(f"{error}{said}") from error.__cause__
 
 
 @contextmanager

@@ -47,6 +47,7 @@ def test_page(browser: Browser, source: Path, tmp_path: Path, scheme: str, viewp
         assert page.locator("#layers tbody tr").count() == 4
         assert page.locator("#chosen tbody tr").count() == len(choice.deviating)
         assert page.locator("#sizes tbody tr").count() == 20
+        assert page.locator("svg text", has_text="signal to error, dB (higher is better)").is_visible()
         rings = page.locator("circle[fill=transparent]")
         assert rings.count() == len(METHODS)
         rings.nth(2).hover()

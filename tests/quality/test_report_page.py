@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from browser import DESKTOP, PHONE, opened, overflow
 from click.testing import CliRunner
 from hostile.small import random, snapshot, write_weights
+from PIL import Image
 
 import omni_convert
 from omni_convert.cli import main
@@ -131,6 +133,44 @@ def test_a_model_of_ten_thousand_layers(browser: Browser, found: LayerReport, tm
         assert page.locator("tbody tr").count() == 1
 
 
+@pytest.fixture(scope="module")
+def deep(found: LayerReport) -> LayerReport:
+    """A report of more blocks than a window has pixels for, with gaps between them."""
+    sample = found.conversion.quantized[:8]
+    layers = tuple(
+        replace(layer, name=f"blocks.{block}.k{kind}", kind=f"blocks.*.k{kind}", block=block)
+        for block in range(1250)
+        for kind, layer in enumerate(sample)
+    )
+    return replace(found, conversion=replace(found.conversion, layers=layers))
+
+
+def shares(path: Path) -> float:
+    """The share of a picture's pixels that have a colour."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return float((np.ptp(pixels, axis=2) > 24).mean())
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_more_blocks_than_pixels(browser: Browser, deep: LayerReport, viewport: dict[str, int], tmp_path: Path) -> None:
+    path, picture = tmp_path / "deep.html", tmp_path / "cells.png"
+    path.write_text(deep.to_html())
+    with opened(browser, path, viewport=viewport) as page:
+        assert overflow(page) == 0
+        page.locator(".cells").first.screenshot(path=picture)
+        assert shares(picture) > 0.9
+        page.emulate_media(media="print")
+        assert page.locator("tbody tr").count() == 200
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert page.locator("tbody tr").count() == 10_000
+
+
+def test_picture_of_more_blocks_than_pixels(deep: LayerReport, tmp_path: Path) -> None:
+    from omni_convert.quality.pictures import write_pictures
+
+    assert shares(write_pictures(deep, tmp_path / "pictures")[0]) > 0.3
+
+
 def test_names_that_want_to_be_more(browser: Browser, tmp_path: Path) -> None:
     """Of a hostile file: markup, a block number that nobody can draw up to, one that is no number, no end of a name."""
     names = [
@@ -216,6 +256,20 @@ def test_a_conversion_does_not_take_its_output_for_the_report(minilm: Path, tmp_
         result = CliRunner().invoke(main, ["--method", "int8", "--report", str(place), str(minilm), str(out)])
         assert result.exit_code == 2 and f"lies in {out}" in result.output
     assert not any(out.iterdir())
+
+
+def test_a_page_that_is_interrupted_leaves_the_conversion(
+    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: LayerReport) -> str:
+        raise KeyboardInterrupt
+
+    command = ["--method", "int8", "--report", str(tmp_path / "r.html"), str(minilm), str(tmp_path / "out")]
+    monkeypatch.setattr(LayerReport, "to_html", interrupt)
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 1 and "out is complete; only the report is missing" in result.output
+    assert "Nothing of this run" not in result.output
+    assert omni_convert.verify(tmp_path / "out").ok
 
 
 def test_what_the_system_refuses_is_one_paragraph(found: LayerReport) -> None:
