@@ -15,6 +15,7 @@ from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import format_bytes, format_table
 from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
+from omni_convert.hub.errors import HubError
 from omni_convert.hub.metadata import CARD_NAME, check_card
 from omni_convert.hub.picture import draw_picture
 from omni_convert.hub.repository import Draft, RemoteFile, Repository, parse_repo_id
@@ -177,13 +178,20 @@ def seal(
     *,
     create_pr: bool,
 ) -> Publication:
-    """Commit what comes ``last``, compare everything, and merge."""
-    removed = [change.name for change in changes if change.state == "removed"]
+    """Commit what comes ``last``, compare everything, and merge.
+
+    Raises:
+        OmniConvertError: what main shows by now, after an upload of hours, does not go with it.
+    """
+    repo, removed = upload.repo, [change.name for change in changes if change.state == "removed"]
+    if set(stale_files(repo, repo.files() or {}, upload.files)) != set(removed):
+        raise HubError(f"{repo.url}: holds another conversion than before the upload. Look at it, then run again.", 409)
     draft.commit(last, removed, "Config, index, manifest and card")
     draft.check(upload.files, upload.read)
     draft.open()
     if not create_pr:
-        draft.merge()
+        stale_files(repo, repo.files() or {}, upload.files)
+        draft.merge([*upload.files, *removed])
     return Publication(repo=upload.repo.id, url=draft.url if create_pr else upload.repo.url, changes=changes)
 
 

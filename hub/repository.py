@@ -103,6 +103,11 @@ class Repository:
             if isinstance(entry, RepoFile)
         }
 
+    def commits(self, revision: str = MAIN) -> list[str]:
+        """Those of a revision, the last one first."""
+        found = self._try(lambda: self.api.list_repo_commits(self.id, revision=revision), "cannot be read")
+        return [commit.commit_id for commit in found]
+
     def read(self, name: str, revision: str = MAIN) -> Path:
         """A local copy of a small file."""
         return Path(
@@ -223,8 +228,17 @@ class Draft:
             lambda: self.repo.api.change_discussion_status(self.repo.id, self.number, "open"), "cannot be opened"
         )
 
-    def merge(self) -> None:
-        """Publish everything at once; no error if that has happened already."""
+    def merge(self, names: Sequence[str]) -> None:
+        """Publish everything at once; no error if that has happened already.
+
+        Args:
+            names: files that are to be as they are here.
+
+        Raises:
+            HubError: main changed some of them since this began; it is closed, since it never could be merged.
+        """
+        if names := self._clashes(names):
+            self._supersede(printable(names[0]))
 
         def merge() -> None:
             api = self.repo.api
@@ -232,4 +246,36 @@ class Draft:
                 return  # the answer to an earlier attempt was lost
             api.merge_pull_request(self.repo.id, self.number)
 
-        self.repo._try(merge, f"pull request {self.url} cannot be merged")
+        try:
+            self.repo._try(merge, f"pull request {self.url} cannot be merged")
+        except HubError as error:
+            if error.status != 409:
+                raise
+            self._supersede("the same files")
+
+    def _clashes(self, names: Sequence[str]) -> list[str]:
+        """Those that main changed since this began, and otherwise: a merge would fail, or take them from there."""
+        repo = self.repo
+        shown, own = repo.commits(), repo.commits(self.revision)
+        base = next((commit for commit in own if commit in shown), None)
+        if base is None or base == shown[0]:
+            return []
+        before, now, here = repo.files(base) or {}, repo.files() or {}, self.files()
+        return [name for name in names if now.get(name) not in (before.get(name), here.get(name))]
+
+    def _supersede(self, what: str) -> None:
+        """Close it, so that the next run opens another, from what main is then.
+
+        Raises:
+            HubError: always.
+        """
+        self.repo._try(
+            lambda: self.repo.api.change_discussion_status(
+                self.repo.id, self.number, "closed", comment="Superseded: main changed meanwhile."
+            ),
+            f"main changed meanwhile, so {self.url} must be closed before you run again, and cannot be",
+        )
+        raise HubError(
+            f"{self.repo.url}: main changed {what} since {self.url} was begun, which was therefore closed; nothing was "
+            "published. Look at what changed there, then run again: that opens another pull request.", 409,
+        )  # fmt: skip

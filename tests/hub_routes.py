@@ -6,7 +6,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
@@ -152,15 +152,9 @@ def _refs(handler: Handler, id: str) -> None:
 
 
 def _commits(handler: Handler, id: str, rev: str) -> None:
-    def history(repo: Repo) -> Iterator[dict[str, Any]]:
-        sha: str | None = repo.commit(rev).sha
-        while sha:
-            commit = repo.commits[sha]
-            author = [{"user": repo.owner}]
-            yield {"id": sha, "title": commit.title, "message": "", "date": DATE, "authors": author}
-            sha = commit.parent
-
-    handler.json(list(history(handler.repo(id))))
+    repo = handler.repo(id)
+    about = {"message": "", "date": DATE, "authors": [{"user": repo.owner}]}
+    handler.json([{"id": commit.sha, "title": commit.title} | about for commit in repo.history(rev)])
 
 
 def _resolve(handler: Handler, id: str, rev: str, path: str) -> None:

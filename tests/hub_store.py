@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ class Repo:
         if sha not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[sha]
+
+    def history(self, revision: str) -> Iterator[Commit]:
+        """A commit and those before it."""
+        found: Commit | None = self.commit(revision)
+        while found:
+            yield found
+            found = self.commits[found.parent] if found.parent else None
 
     def add(self, ref: str, title: str, files: dict[str, Blob], parent: str | None) -> Commit:
         seed = f"{self.id} {parent} {title} {sorted((name, blob.etag) for name, blob in files.items())}"
@@ -181,11 +189,21 @@ class Store:
     def merge(self, repo: Repo, num: int) -> Commit:
         with self.lock:
             found = repo.discussions[num - 1]
-            head = repo.commit(f"refs/pr/{num}")
-            kept = {path: blob for path, blob in repo.commit("main").files.items() if path not in head.files}
-            merged = self.commit(repo, "main", found.title, head.files, kept)
+            head, main = repo.commit(f"refs/pr/{num}"), repo.commit("main")
+            shown = {commit.sha for commit in repo.history("main")}
+            base = next(commit for commit in repo.history(head.sha) if commit.sha in shown)
+            ours, theirs = _changed(base, head), _changed(base, main)
+            if any(head.files.get(path) != main.files.get(path) for path in ours & theirs):
+                raise HubError(409, "This pull request has merge conflicts")
+            added = {path: head.files[path] for path in ours if path in head.files}
+            merged = self.commit(repo, "main", found.title, added, ours - set(added))
             repo.discussions[num - 1] = replace(found, status="merged", merged=merged.sha)
             return merged
+
+
+def _changed(old: Commit, new: Commit) -> set[str]:
+    """Paths that one has, or has otherwise."""
+    return {path for path in {*old.files, *new.files} if old.files.get(path) != new.files.get(path)}
 
 
 def _pointer(sha256: str, size: int) -> bytes:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 from hostile.small import write_pipeline
-from hub_server import HubServer
+from hub_server import Fault, HubServer
 from publishing import folder_files, published, use, weights_of
 
 import omni_convert
 from omni_convert import OmniConvertError, UsageError
 from omni_convert.hub.push import push
+from omni_convert.hub.repository import Draft
 from omni_convert.hub.transfer import convert_to_hub
 
 REPO = "me/model"
@@ -118,3 +119,84 @@ def test_a_commit_is_told_of_its_own_repository(here: HubServer, source: Path) -
     card = published(here, REPO)["README.md"].decode()
     assert "https://huggingface.co/org/other)" in card
     assert commit not in card
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, hub: HubServer, step: str, files: dict[str, bytes]) -> None:
+    """Somebody else commits ``files`` right before the draft's ``step``, once."""
+    original = getattr(Draft, step)
+
+    def changed(self: Draft, *arguments: object) -> None:
+        monkeypatch.setattr(Draft, step, original)
+        put(hub, files)
+        original(self, *arguments)
+
+    monkeypatch.setattr(Draft, step, changed)
+
+
+@pytest.mark.parametrize("step", ["add_folder", "open"])
+def test_weights_that_arrive_during_the_upload(
+    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    stop_at(monkeypatch, here, step, {"transformer/lora.safetensors": b"mine"})
+    with pytest.raises(OmniConvertError, match=r"holds transformer/lora\.safetensors, .*remove it there"):
+        push(out, REPO)
+    assert set(published(here, REPO)) == {".gitattributes", "transformer/lora.safetensors"}
+
+
+def test_another_conversion_that_arrives_during_the_upload(
+    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.dumps({"files": {"transformer/old.safetensors": {}}}).encode()
+    stop_at(monkeypatch, here, "add_folder", {"omni_convert.json": manifest, "transformer/old.safetensors": b"o"})
+    with pytest.raises(OmniConvertError, match="holds another conversion than before the upload"):
+        push(out, REPO)
+    with pytest.raises(OmniConvertError, match=r"main changed omni_convert\.json since .*discussions/1 was begun"):
+        push(out, REPO)
+    push(out, REPO)
+    assert [pull.status for pull in here.store.repos[REPO].discussions] == ["closed", "merged"]
+    assert weights_of(published(here, REPO)) == weights_of(folder_files(out))
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_card_that_somebody_changes_meanwhile(
+    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Before the comparison of main, or after it, where the Hub finds the conflict."""
+    stop_at(monkeypatch, here, "open", {"README.md": b"mine"})
+    if late:
+        monkeypatch.setattr(Draft, "_clashes", lambda self, names: [])
+    with pytest.raises(OmniConvertError, match=r"main changed .* since .*discussions/1 was begun, .*run again"):
+        push(out, REPO)
+    assert published(here, REPO)["README.md"] == b"mine"
+    push(out, REPO)
+    assert [pull.status for pull in here.store.repos[REPO].discussions] == ["closed", "merged"]
+
+
+def test_other_files_that_arrive_meanwhile_stay(
+    here: HubServer, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here.faults.append(Fault("/merge", "POST", times=99, status=500))
+    for publish in (lambda: push(out, REPO), lambda: convert_to_hub(source, REPO, method="fp8")):
+        with pytest.raises(OmniConvertError, match="the Hub is in trouble"):
+            publish()
+    here.faults.clear()
+    put(here, {"notes.txt": b"mine"})
+    push(out, REPO)
+    assert published(here, REPO).pop("notes.txt") == b"mine"
+    with pytest.raises(OmniConvertError, match=r"main changed .* since .*discussions/2 was begun"):
+        convert_to_hub(source, REPO, method="fp8")
+    convert_to_hub(source, REPO, method="fp8")
+    assert published(here, REPO).pop("notes.txt") == b"mine"
+    assert [pull.status for pull in here.store.repos[REPO].discussions] == ["merged", "closed", "merged"]
+
+
+def test_a_file_that_was_there_and_changes_meanwhile(
+    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not part of the pull request, so a merge would show the others with it."""
+    push(out, REPO)
+    put(here, {"README.md": b"older"})
+    stop_at(monkeypatch, here, "open", {"model_index.json": b"{}"})
+    with pytest.raises(OmniConvertError, match=r"main changed model_index\.json since"):
+        push(out, REPO)
+    assert published(here, REPO)["README.md"] == b"older"
