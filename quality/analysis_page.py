@@ -13,6 +13,7 @@ from omni_convert.quality import html
 from omni_convert.quality.html import Column
 
 _WIDE, _TALL = 640, 260
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _LEFT, _RIGHT, _TOP, _FOOT = 46, 16, 12, 40
 
 
@@ -124,11 +125,12 @@ def _chart(analysis: Analysis, curve: Sequence[Choice]) -> str:
         return across, _TOP + (high - y) / (high - low) * (_TALL - _TOP - _FOOT)
 
     shapes = ""
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        x, y = left + share * (right - left), low + share * (high - low)
-        across, up = place(x, y)
+    for y in _ticks(low, high):
+        up = place(left, y)[1]
         shapes += f'<path d="M{_LEFT},{up:.1f}H{_WIDE - _RIGHT}" stroke="var(--line)"/>'
-        shapes += f'<text x="{_LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{y:.0f}</text>'
+        shapes += f'<text x="{_LEFT - 6}" y="{up + 4:.1f}" text-anchor="end">{y:g}</text>'
+    for x in _ticks(left, right):
+        across = place(x, low)[0]
         shapes += f'<text x="{across:.1f}" y="{_TALL - _FOOT + 17}" text-anchor="middle">{x:.0%}</text>'
     drawn = [point for point in line if math.isfinite(point[1])]
     path = "L".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, _ in drawn)
@@ -154,6 +156,12 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     """The ends of an axis."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Even numbers on an axis, at most seven."""
+    step = next((step for step in _STEPS if (high - low) / step <= 6), _STEPS[-1])
+    return [round(place * step, 2) for place in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _decibels(error: float) -> float:

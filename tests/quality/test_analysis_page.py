@@ -48,6 +48,8 @@ def test_page(browser: Browser, source: Path, tmp_path: Path, scheme: str, viewp
         assert page.locator("#chosen tbody tr").count() == len(choice.deviating)
         assert page.locator("#sizes tbody tr").count() == 20
         assert page.locator("svg text", has_text="signal to error, dB (higher is better)").is_visible()
+        ticks = [float(text) for text in page.locator("svg text[text-anchor=end]").all_text_contents()]
+        assert len(ticks) > 2 and all(tick % 10 == 0 for tick in ticks)
         rings = page.locator("circle[fill=transparent]")
         assert rings.count() == len(METHODS)
         rings.nth(2).hover()
