@@ -36,12 +36,12 @@ def attempt(step: Callable[[], _T], repo: str, doing: str) -> _T:
 
     Raises:
         HubError: the Hub refused, or still cannot be reached; says what to do.
-        OmniConvertError: it is something here: a file, or metadata of a card.
+        OmniConvertError: it is something here: a file, metadata of a card, HF_HUB_OFFLINE; or no Hub answers.
     """
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
     try:
-        return retrying(lambda: _answered(step))
+        return retrying(lambda: _answered(step, repo, doing))
     except OmniConvertError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -57,11 +57,21 @@ def attempt(step: Callable[[], _T], repo: str, doing: str) -> _T:
         raise HubError(f"{text}the Hub cannot be reached ({what}). Check the connection. {_AGAIN}") from error
 
 
-def _answered(step: Callable[[], _T]) -> _T:
+def _answered(step: Callable[[], _T], repo: str, doing: str) -> _T:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     try:
         return step()
     except json.JSONDecodeError as error:
         raise ConnectionError("an answer was cut off") from error
+    except OfflineModeIsEnabled as error:
+        raise OmniConvertError(f"{repo}: {doing}: HF_HUB_OFFLINE is set. Unset it, then run again.") from error
+    except (KeyError, AttributeError, TypeError, IndexError) as error:  # of the client, which trusts what it reads
+        raise OmniConvertError(
+            f"{repo}: {doing}: {redact(constants.ENDPOINT)} answered something that is not the Hub's "
+            f"({redact(f'{type(error).__name__}: {error}')}). Check HF_ENDPOINT, and proxies on the way."
+        ) from error
 
 
 def redact(text: str) -> str:

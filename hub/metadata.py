@@ -23,14 +23,19 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a card; empty without a card, without metadata, or if it cannot be read: nothing is guessed."""
     import yaml  # type: ignore[import-untyped]
     from huggingface_hub import metadata_load
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     if not path.is_file() or path.stat().st_size > _MAX_CARD_BYTES:
         return {}
     try:
-        data = metadata_load(path)
+        data = metadata_load(path) or {}
+        if "language" in data:  # "no" is Norwegian, which YAML takes for False
+            block = REGEX_YAML_BLOCK.search(path.read_text(encoding="utf-8-sig"))
+            assert block is not None
+            data["language"] = yaml.load(block[2], Loader=yaml.BaseLoader)["language"]
     except (ValueError, TypeError, yaml.YAMLError, RecursionError):
         return {}
-    return data or {}
+    return data
 
 
 def parse_card(text: str) -> ModelCard:

@@ -82,10 +82,13 @@ def push(
     root = Path(os.path.abspath(out))
     repo, given = target_repository(repo_id, base_model), check_card(Path(card)) if card is not None else None
     _check_whole(root)
-    repo.user()  # before the folder is read for verification, which takes a while
-    _verify(root, progress)
-    upload = FolderUpload(root, repo, given, base_model)
-    return publish(upload, private=private, create_pr=create_pr, message=message, confirm=confirm)
+    try:
+        repo.user()  # before the folder is read for verification, which takes a while
+        _verify(root, progress)
+        upload = FolderUpload(root, repo, given, base_model)
+        return publish(upload, private=private, create_pr=create_pr, message=message, confirm=confirm)
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(interrupt) or " Nothing was uploaded.") from None
 
 
 def target_repository(repo_id: str, base_model: str | None, source: str | None = None) -> Repository:
@@ -159,8 +162,12 @@ def publish(
         return Publication(repo=repo.id, url=repo.url, changes=changes)
     prepare(repo, private=private, create_pr=create_pr)
     draft = repo.open_draft(upload.title if message is None else message, upload.mark)
-    draft.add_folder(upload.root, upload.first, "Weights and what goes with them")
-    return seal(upload, draft, upload.seals, changes, create_pr=create_pr)
+    try:
+        draft.add_folder(upload.root, upload.first, "Weights and what goes with them")
+        return seal(upload, draft, upload.seals, changes, create_pr=create_pr)
+    except KeyboardInterrupt:
+        kept = f" What is uploaded is kept in the pull request {draft.url}: the same command goes on from there."
+        raise KeyboardInterrupt(kept) from None
 
 
 def prepare(repo: Repository, *, private: bool, create_pr: bool) -> None:

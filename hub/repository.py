@@ -83,7 +83,7 @@ class Repository:
         Raises:
             HubError: nobody's.
         """
-        return str(self._try(self.api.whoami, "cannot be written to")["name"])
+        return str(self._try(lambda: self.api.whoami()["name"], "cannot be written to"))
 
     def files(self, revision: str = MAIN) -> dict[str, RemoteFile] | None:
         """What a revision holds; None if there is no such repository."""

@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = self.hub.next_fault(self.command, self.route)
         try:
             if self.fault and self.fault.status:
-                self.send(self.fault.status, b"", self.fault.headers)
+                self.send(self.fault.status, self.fault.body.encode(), self.fault.headers)
                 return
             if self.token and self.token not in self.store.users:
                 text = "Invalid credentials in Authorization header"

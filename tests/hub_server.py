@@ -26,14 +26,15 @@ TOKEN, READ_ONLY, OTHER = "hf_tokenOfMe", "hf_readOnlyTokenOfMe", "hf_tokenOfSom
 class Fault:
     """What happens to the next ``times`` requests whose method and path match.
 
-    One of: an answer of ``status``, the connection closed when ``drop_after`` bytes of the body went out, the server
-    gone at that point (``die``), or every 64 KiB delayed by ``slow`` seconds.
+    One of: an answer of ``status`` with ``body``, the connection closed when ``drop_after`` bytes of the body went out,
+    the server gone at that point (``die``), or every 64 KiB delayed by ``slow`` seconds.
     """
 
     pattern: str
     method: str = "GET"
     times: int = 1
     status: int | None = None
+    body: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None
     die: bool = False

@@ -17,7 +17,7 @@ import omni_convert
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.layout import read_json
 from omni_convert.hub.card import base_of, make_card
-from omni_convert.hub.metadata import check_card, read_metadata
+from omni_convert.hub.metadata import check_card, make_metadata, read_metadata
 from omni_convert.hub.picture import draw_picture
 
 BASE_CARD = """---
@@ -215,3 +215,12 @@ def test_a_picture_of_the_error(out: Path, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_picture(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw_picture(read_json(out / "omni_convert.json")) is None
+
+
+@pytest.mark.parametrize(("text", "language"), [("no", "no"), ("[en, no, on]", ["en", "no", "on"])])
+def test_norwegian_is_a_language(tmp_path: Path, text: str, language: object) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlanguage: {text}\nlicense: mit\n---\n# Base\n")
+    inherited = read_metadata(tmp_path / "README.md")
+    assert inherited["language"] == language
+    written = make_metadata(inherited, base_model=None, library=None, tags=[]).to_yaml()
+    assert yaml.safe_load(written)["language"] == language
