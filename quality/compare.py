@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.errors import UsageError
+from omni_convert.formats.errors import UsageError, printable
+from omni_convert.formats.layout import CONFIG_NAME, PIPELINE_INDEX, read_json
 from omni_convert.quality.gate import Checked, Condition
 from omni_convert.quality.generation import Generation, ask_of, generate
 from omni_convert.quality.pair import Pair, make_pair, overall
@@ -88,6 +89,7 @@ def compare_models(
     """See ``omni_convert.compare``."""
     _check_computable(gate, request)
     ask = ask_of(request, reference.folder)
+    _check_alike(reference.folder, candidate.folder)
     layers: dict[str, Any] = {}
 
     def load_candidate() -> Any:
@@ -96,8 +98,8 @@ def compare_models(
             layers.update(quantized_layers(model))
         return model
 
-    first = generate(_named("reference", reference.load, progress), ask, request, device)
-    second = generate(_named("candidate", load_candidate, progress), ask, request, device)
+    first = generate("reference", _named("reference", reference.load, progress), ask, request, device)
+    second = generate("candidate", _named("candidate", load_candidate, progress), ask, request, device)
     traced = trace(_named("layers", reference.load, progress), layers, ask, request, device) if trace_layers else None
     answers = zip(request.prompts, first.answers, second.answers, strict=True)
     pairs = [make_pair(*answer) for answer in answers]
@@ -120,6 +122,28 @@ def _check_computable(gate: Sequence[Condition], request: Request) -> None:
             raise UsageError(f"the gate has {condition}, expected no metric of logits with --task {request.task}.")
         if metric in PERCEPTUAL and (why := missing(metric)):
             raise UsageError(f"the gate has {condition}, but {why}.")
+
+
+def _check_alike(reference: Path, candidate: Path) -> None:
+    """Raises:
+    UsageError: their configs name different classes.
+    """
+    first, second = _class_name(reference), _class_name(candidate)
+    if first != second:
+        raise UsageError(
+            f"the reference {reference} is a {first}, the candidate {candidate} a {second}, expected two forms of one "
+            "model. Pass a model and its conversion."
+        )
+
+
+def _class_name(folder: Path) -> str:
+    """Of a pipeline, or of a model of Diffusers or Transformers."""
+    if (folder / PIPELINE_INDEX).is_file():
+        return printable(read_json(folder / PIPELINE_INDEX).get("_class_name"))
+    config = read_json(folder / CONFIG_NAME)
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
+    return printable(config.get("_class_name", named))
 
 
 def _named(name: str, load: Callable[[], Any], progress: bool) -> Callable[[], Any]:

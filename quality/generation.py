@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class Generation:
         }
 
 
+Side = Literal["reference", "candidate"]
 Ask = Callable[[Any, str, bool], Answer]
 """Model, prompt, and whether the answer counts."""
 
@@ -63,14 +64,14 @@ def ask_of(request: Request, reference: Path) -> Ask:
     return functools.partial(_ask_pipeline, request, _CALLBACK in parameters)
 
 
-def generate(load: Callable[[], Any], ask: Ask, request: Request, device: torch.device) -> Generation:
+def generate(side: Side, load: Callable[[], Any], ask: Ask, request: Request, device: torch.device) -> Generation:
     """Load a model, ask it, and let go of it: nothing refers to it afterwards, and its memory is free."""
     with freed_after(device):
-        return _generate(load(), ask, request, Meter(device))
+        return _generate(side, load(), ask, request, Meter(device))
 
 
 @torch.inference_mode()
-def _generate(model: Any, ask: Ask, request: Request, meter: Meter) -> Generation:
+def _generate(side: Side, model: Any, ask: Ask, request: Request, meter: Meter) -> Generation:
     for _ in range(request.warmup_runs):
         ask(model, request.prompts[0], False)
     answers: list[Answer] = []
@@ -79,7 +80,25 @@ def _generate(model: Any, ask: Ask, request: Request, meter: Meter) -> Generatio
         for prompt in request.prompts:
             with meter.run():
                 answers.append(ask(model, prompt, True))
+            _check_finite(answers[-1], side, prompt)
     return Generation(answers=tuple(answers), meter=meter)
+
+
+def _check_finite(answer: Answer, side: Side, prompt: str) -> None:
+    """Raises:
+    OmniConvertError: NaN or Inf.
+    """
+    if answer.finite:
+        return
+    advice = "Check that the checkpoint fits its dtype (fp16 overflows where bf16 does not)"
+    if side == "candidate":
+        advice += ", or leave layers unquantized"
+    elif answer.is_pixels:
+        advice += ", or take more --num-inference-steps: some schedulers divide by zero with only one"
+    raise OmniConvertError(
+        f"the {side} answered the prompt {printable(prompt)!r} with {answer.kind} that hold NaN or Inf, expected "
+        f"finite values. {advice}."
+    )
 
 
 def _call_parameters(request: Request, folder: Path) -> Mapping[str, Any]:
@@ -128,20 +147,10 @@ def _ask_pipeline(request: Request, tells_steps: bool, pipeline: Any, prompt: st
     # Noise from the CPU's generator is the same on every device.
     generator = torch.Generator("cpu").manual_seed(request.seed)
     result = pipeline(prompt=prompt, generator=generator, output_type="np", **arguments)
-    if request.task == "t2v":
-        return Answer(output=_pixels(result.frames[0], type(pipeline).__name__), kind=FRAMES, latents=latents)
-    return Answer(output=_pixels(result.images, type(pipeline).__name__), kind=IMAGES, latents=latents)
+    values, kind = (result.frames[0], FRAMES) if request.task == "t2v" else (result.images, IMAGES)
+    return Answer(output=_pixels(values), kind=kind, latents=latents, finite=bool(np.isfinite(values).all()))
 
 
-def _pixels(values: NDArray[Any], pipeline: str) -> NDArray[np.uint8]:
-    """(frames, height, width, 3) of [0, 1] as uint8, as Diffusers itself rounds them.
-
-    Raises:
-        OmniConvertError: NaN or Inf.
-    """
-    if not np.isfinite(values).all():
-        raise OmniConvertError(
-            f"{pipeline} generated NaN or Inf in place of pixels, expected finite values. Check that the checkpoint "
-            "fits its dtype (fp16 overflows where bf16 does not), or leave layers unquantized."
-        )
-    return np.asarray((np.clip(values, 0, 1) * 255).round(), np.uint8)
+def _pixels(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """(frames, height, width, 3) of [0, 1] as uint8, as Diffusers itself rounds them; NaN as 0."""
+    return np.asarray((np.clip(np.nan_to_num(values), 0, 1) * 255).round(), np.uint8)

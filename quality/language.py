@@ -54,16 +54,12 @@ def ask_language_model(tokenizer: Any, model: Any, prompt: str, _counts: bool) -
     result = model(**batch)
     logits = getattr(result, "logits", None)
     values = (result.last_hidden_state if logits is None else logits)[0].float().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise OmniConvertError(
-            f"{type(model).__name__} answered with NaN or Inf, expected finite values. Check that the checkpoint fits "
-            "its dtype (fp16 overflows where bf16 does not), or leave layers unquantized."
-        )
+    finite = bool(np.isfinite(values).all())
     tokens = [tokenizer.decode([token]) for token in batch["input_ids"][0]]
     if logits is None:
-        return Answer(output=values, kind=HIDDEN, tokens=tokens)
+        return Answer(output=values, kind=HIDDEN, tokens=tokens, finite=finite)
     best = [tokenizer.decode([token]) for token in values.argmax(axis=1)]
-    return Answer(output=values, kind=LOGITS, tokens=tokens, best=best)
+    return Answer(output=values, kind=LOGITS, tokens=tokens, best=best, finite=finite)
 
 
 def language_metrics(reference: NDArray[np.float32], candidate: NDArray[np.float32]) -> dict[str, float]:

@@ -56,7 +56,7 @@ def overall(pairs: Sequence[Pair]) -> dict[str, float]:
 
 def make_pair(prompt: str, reference: Answer, candidate: Answer) -> Pair:
     """Raises:
-    OmniConvertError: the answers have different shapes.
+    OmniConvertError: the answers, or the latents on the way there, have different shapes.
     """
     if reference.output.shape != candidate.output.shape:
         raise OmniConvertError(
@@ -77,6 +77,13 @@ def make_pair(prompt: str, reference: Answer, candidate: Answer) -> Pair:
 
 
 def _drift(reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor]) -> list[Step]:
+    shapes = [[tuple(latents.shape) for latents in side] for side in (reference, candidate)]
+    if shapes[0] != shapes[1]:
+        first, second = (f"{len(found)} steps, latents of shape {found[0] if found else None}" for found in shapes)
+        raise OmniConvertError(
+            f"the reference took {first}, the candidate {second}, expected the same. Compare two forms of one model, "
+            "with one scheduler."
+        )
     found = [sums(a.float().numpy(), b.float().numpy()) for a, b in zip(reference, candidate, strict=True)]
     return [
         Step(number=number, cosine_similarity=part.cosine_similarity, relative_l2=part.relative_l2)

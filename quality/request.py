@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Task = Literal["t2i", "t2v", "text"]
 TASKS: tuple[Task, ...] = get_args(Task)
 DEFAULT_SEED = 42
+_SEEDS = 2**63
+"""How many there are: PyTorch's generators take 64 bits with a sign."""
 IMAGES, FRAMES, LOGITS, HIDDEN = "images", "frames", "logits", "hidden states"
 """What an answer can be."""
 _ARGUMENTS: Mapping[str, str] = {
@@ -56,6 +58,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected 1 or more.")
+        if not 0 <= self.seed < _SEEDS:
+            raise UsageError(f"seed is {self.seed}, expected 0 to {_SEEDS - 1}.")
         if self.warmup_runs < 0:
             raise UsageError(f"warmup_runs is {self.warmup_runs}, expected 0 or more.")
         if self.task == "text" and (given := [name for name in _ARGUMENTS if getattr(self, name) is not None]):
@@ -85,7 +89,8 @@ class Answer:
     """To one prompt. ``output``: uint8 pixels (frames, height, width, 3), or float32 (tokens, vocabulary or width);
     ``kind`` says which. ``tokens``: of the prompt; ``best``: the most probable next one after each, of logits.
 
-    ``latents``: after every step, on the CPU; empty where the pipeline does not tell.
+    ``latents``: after every step, on the CPU; empty where the pipeline does not tell. ``finite``: whether the model
+    gave no NaN or Inf.
     """
 
     output: NDArray[Any]
@@ -93,6 +98,7 @@ class Answer:
     latents: list[torch.Tensor] = field(default_factory=list)
     tokens: Sequence[str] = ()
     best: Sequence[str] = ()
+    finite: bool = True
 
     @property
     def is_pixels(self) -> bool:

@@ -115,14 +115,19 @@ def _trace(reference: Any, layers: Mapping[str, QuantizedLinear], ask: Ask, requ
 
 
 def _compare(
-    layer: QuantizedLinear, found: LayerTrace, _module: nn.Module, inputs: tuple[Any, ...], output: Any
+    layer: QuantizedLinear,
+    found: LayerTrace,
+    _module: nn.Module,
+    inputs: tuple[Any, ...],
+    named: Mapping[str, Any],
+    output: Any,
 ) -> None:
-    found.add(output, layer(inputs[0]))
+    found.add(output, layer(*inputs, **named))
 
 
 @contextmanager
 def _hooks(hooks: Mapping[nn.Module, Callable[..., None]]) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
     try:
         yield
     finally:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from omni_convert.cli_output import json_option, print_result
+from omni_convert.cli_output import check_place, json_option, print_result
 from omni_convert.formats import FORMATS
-from omni_convert.formats.errors import UsageError
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.quality.gate import GATES
 from omni_convert.quality.request import DEFAULT_SEED, TASKS
 
+if TYPE_CHECKING:
+    from omni_convert.quality.compare import Comparison
+
 _FOLDER = click.Path(path_type=Path)
-
-
-def _new_file(_ctx: click.Context, _param: click.Parameter, value: Path | None) -> Path | None:
-    if value is not None and not value.absolute().parent.is_dir():
-        raise UsageError(f"{value}: its folder does not exist, expected one. Make it first.")
-    return value
 
 
 @click.command(short_help="Compare what a quantized model generates with what its source does.")
@@ -67,8 +65,8 @@ def _new_file(_ctx: click.Context, _param: click.Parameter, value: Path | None) 
     help=f"{', '.join(GATES)}, or conditions such as 'psnr_db>=25,mae<=6'. Exit status 1 if a prompt misses one.",
 )
 @click.option("--trace-layers", is_flag=True, help="Also measure every quantized layer on real activations.")
-@click.option("--output-json", type=_FOLDER, callback=_new_file, metavar="FILE", help="Write the result there.")
-@click.option("--html", "page", type=_FOLDER, callback=_new_file, metavar="FILE", help="Write a page with the outputs.")
+@click.option("--output-json", type=_FOLDER, metavar="FILE", help="Write the result there.")
+@click.option("--html", "page", type=_FOLDER, metavar="FILE", help="Write a page with the outputs.")
 @click.option("--save-output-dir", type=_FOLDER, metavar="FOLDER", help="Save images, frames or logits there.")
 @json_option
 def compare(
@@ -84,6 +82,10 @@ def compare(
     from omni_convert.comparing import compare as compare_outputs
     from omni_convert.converter.recipe import read_recipe
 
+    models = [folder for folder in (reference, candidate) if folder]
+    for option, path in (("--output-json", output_json), ("--html", page), ("--save-output-dir", save_output_dir)):
+        if path:
+            check_place(path, option, outside=models, is_folder=option == "--save-output-dir")
     choices: dict[str, Any] = {
         "recipe": read_recipe(recipe) if recipe else None,
         "ignore": ignore,
@@ -97,12 +99,33 @@ def compare(
     result = compare_outputs(
         reference, candidate, quantization=quantization, prompt=prompts, progress=True, **request, **given
     )
-    if save_output_dir:
-        result.save_outputs(save_output_dir)
-    if output_json:
-        output_json.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
-    if page:
-        page.write_text(result.to_html())
     print_result(result.to_dict() if as_json else result.to_text())
+    _write(result, output_json, page, save_output_dir)
     if not result.ok:
         sys.exit(1)
+
+
+def _write(result: Comparison, output_json: Path | None, page: Path | None, folder: Path | None) -> None:
+    """Everything that can be.
+
+    Raises:
+        OmniConvertError: what cannot.
+    """
+    places: list[tuple[str, Path | None, Callable[[Path], object]]] = [
+        ("--output-json", output_json, lambda path: path.write_text(_json(result), encoding="utf-8")),
+        ("--html", page, lambda path: path.write_text(result.to_html(), encoding="utf-8")),
+        ("--save-output-dir", folder, result.save_outputs),
+    ]
+    failures = []
+    for option, path, write in places:
+        try:
+            if path:
+                write(path)
+        except OSError as error:
+            failures.append(f"{option} {path} cannot be written ({error.strerror or error})")
+    if failures:
+        raise OmniConvertError(f"{', '.join(failures)}, expected a place with room and rights. The rest is done.")
+
+
+def _json(result: Comparison) -> str:
+    return json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"

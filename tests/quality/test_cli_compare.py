@@ -63,7 +63,16 @@ def test_a_recipe(language_model: Path, tmp_path: Path) -> None:
         (["--prompt", "a"], "neither a candidate nor a quantization"),
         (["--quantization", "int8"], "found no prompt"),
         (["--quantization", "int8", "--prompt", "a", "--gate", "psnr"], "--gate has 'psnr'"),
-        (["--quantization", "int8", "--prompt", "a", "--output-json", "no/r.json"], "its folder does not exist"),
+        (["--quantization", "int8", "--prompt", "a", "--output-json", "no/r.json"], "found no folder no"),
+        (["--quantization", "int8", "--prompt", "a", "--output-json", "."], "--output-json .: is a folder"),
+        (["--quantization", "int8", "--prompt", "a", "--html", "."], "--html .: is a folder"),
+        (
+            ["--quantization", "int8", "--prompt", "a", "--save-output-dir", __file__],
+            "is a file, expected the name",
+        ),
+        (["--quantization", "int8", "--prompt", "a", "--save-output-dir", f"{__file__}/x"], "found no folder"),
+        (["--quantization", "int8", "--prompt", "a", "--seed", str(2**63)], f"expected 0 to {2**63 - 1}"),
+        (["--quantization", "int8", "--prompt", "a", "--seed", "-1"], "seed is -1, expected 0 to"),
         (["--quantization", "int8", "--prompt", "a", "--device", "cuda:9"], "device 'cuda:9' was asked for"),
     ],
 )
@@ -73,3 +82,26 @@ def test_wrong_usage(args: list[str], says: str, tmp_path: Path) -> None:
     assert result.exit_code in (1, 2)
     assert says in result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize("option", ["--output-json", "--html", "--save-output-dir"])
+@pytest.mark.parametrize("model", ["reference", "candidate"])
+def test_models_are_not_written_into(option: str, model: str, tmp_path: Path) -> None:
+    for name in ("reference", "candidate"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / model)
+    models = ("--reference", tmp_path / "reference", "--candidate", tmp_path / "candidate")
+    result = run(*models, "--task", "t2i", "--prompt", "a", option, tmp_path / "link" / "new")
+    assert result.exit_code == 2
+    assert f"lies in {tmp_path / model}, which must stay as it is" in result.stderr
+
+
+def test_what_cannot_be_written_loses_nothing_else(language_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").symlink_to(tmp_path / "gone" / "page.html")
+    ask = ("--reference", language_model, "--candidate", language_model, "--task", "text", "--prompt", "a")
+    places = ("--output-json", "/dev/full", "--html", tmp_path / "page.html", "--save-output-dir", tmp_path / "logits")
+    result = run(*ask, *places, "--gate", "relative_l2<=0")
+    assert result.exit_code == 1
+    assert result.stdout.rstrip().endswith("gate: met")
+    assert "--output-json /dev/full cannot be written (No space left on device), --html " in result.stderr
+    assert len(list((tmp_path / "logits").rglob("*.npy"))) == 2

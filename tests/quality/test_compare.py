@@ -190,5 +190,15 @@ def test_nan_is_named(qwen_image: Path, tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["decoder.conv_out.bias"].fill_(float("nan"))
     save_file(tensors, path)
-    with pytest.raises(OmniConvertError, match="QwenImagePipeline generated NaN or Inf in place of pixels"):
+    with pytest.raises(
+        OmniConvertError, match=r"candidate answered the prompt 'a cup of coffee' with images that hold NaN"
+    ):
         compare_images(qwen_image, broken)
+
+
+def test_a_step_too_few_for_the_scheduler_is_named(qwen_image: Path) -> None:
+    """Qwen-Image's divides by zero with one step."""
+    with pytest.raises(OmniConvertError, match=r"the reference answered .* NaN .* or take more --num-inference-steps"):
+        omni_convert.compare(
+            qwen_image, quantization="int8", task="t2i", prompt="a", height=32, width=32, num_inference_steps=1
+        )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import omni_convert
 from omni_convert import OmniConvertError, UsageError
 from omni_convert.quality.compare import Comparison
+from omni_convert.quality.pair import make_pair
+from omni_convert.quality.request import IMAGES, Answer, Task
 from omni_convert.quality.similarity import METRICS
 
 PROMPTS = ["a red bicycle", "a lighthouse in the storm"]
@@ -100,6 +104,39 @@ def test_models_of_other_kinds_are_refused(language_model: Path, wan: Path, tmp_
         compare_text(bare)
 
 
-def test_different_models_are_named(language_model: Path, minilm: Path) -> None:
-    with pytest.raises(OmniConvertError, match=r"answered with logits of shape .* hidden states of shape"):
-        omni_convert.compare(language_model, minilm, task="text", prompt="a")
+def test_different_models_are_named_before_any_is_loaded(
+    language_model: Path, minilm: Path, qwen_image: Path, z_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omni_convert.runtime.load.load", lambda *_, **__: pytest.fail("loaded"))
+    for reference, candidate, task, names in (
+        (language_model, minilm, "text", r"Qwen3ForCausalLM, .* a BertModel"),
+        (qwen_image, z_image, "t2i", r"QwenImagePipeline, .* a ZImagePipeline"),
+        (qwen_image, language_model, "t2i", r"QwenImagePipeline, .* a Qwen3ForCausalLM"),
+        (language_model, qwen_image, "text", r"Qwen3ForCausalLM, .* a QwenImagePipeline"),
+    ):
+        with pytest.raises(UsageError, match=f"is a {names}, expected two forms of one model"):
+            omni_convert.compare(reference, candidate, task=cast(Task, task), prompt="a")
+
+
+def test_answers_that_cannot_be_compared() -> None:
+    def answer(size: int, steps: int, width: int) -> Answer:
+        return Answer(output=np.zeros((1, size, 4, 3), np.uint8), kind=IMAGES, latents=[torch.zeros(1, width)] * steps)
+
+    for other, message in (
+        (answer(8, 2, 3), r"images of shape \(1, 4, 4, 3\), the candidate with images of shape \(1, 8, 4, 3\)"),
+        (answer(4, 3, 3), r"took 2 steps, .* the candidate 3 steps, latents of shape \(1, 3\)"),
+        (answer(4, 2, 5), r"latents of shape \(1, 3\), the candidate 2 steps, latents of shape \(1, 5\)"),
+    ):
+        with pytest.raises(OmniConvertError, match=message):
+            make_pair("a", answer(4, 2, 3), other)
+
+
+def test_nan_of_a_language_model_is_named(language_model: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(language_model, tmp_path / "broken"))
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OmniConvertError, match="the candidate answered the prompt 'a' with logits that hold NaN"):
+        omni_convert.compare(language_model, broken, task="text", prompt="a")
+    with pytest.raises(OmniConvertError, match=r"the reference answered .* does not\)\.$"):
+        omni_convert.compare(broken, language_model, task="text", prompt="a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from fnmatch import fnmatch
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from loaded import layers_of
-from models import load_bf16
+from models import load_bf16, write_qwen_image
 from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
-from omni_convert.quality.trace import by_kind
+from omni_convert.quality.request import HIDDEN, Answer, Request
+from omni_convert.quality.trace import by_kind, quantized_layers
+from omni_convert.quality.trace import trace as trace_layers
 
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
 BROKEN = "transformer_blocks.0.img_mlp.net.2"
@@ -97,9 +100,31 @@ def test_worst_first_and_in_the_text(qwen_image: Path, converted: Path) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_another_model_is_named(z_image: Path, converted: Path) -> None:
+def test_another_model_is_named(converted: Path, tmp_path: Path) -> None:
+    fewer = write_qwen_image(tmp_path / "fewer", layers=2)
     with pytest.raises(OmniConvertError, match=r"quantized layer transformer\.\S+, but the reference has no module"):
-        trace(z_image, converted)
+        trace(fewer, converted)
+
+
+def test_a_layer_that_is_called_by_keyword() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 32, dtype=torch.bfloat16)
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return self.linear(input=values)  # type: ignore[no-any-return]
+
+    def ask(model: Any, _prompt: str, _counts: bool) -> Answer:
+        return Answer(output=model(values).float().numpy(), kind=HIDDEN)
+
+    values, model = torch.randn(4, 64, dtype=torch.bfloat16), Model()
+    layers = quantized_layers(omni_convert.quantize_(copy.deepcopy(model), "int8"))
+    (found,) = trace_layers(lambda: model, layers, ask, Request(task="text", prompts=("a",)), torch.device("cpu"))
+    with torch.inference_mode():
+        error = (layers["linear"](values) - model(values)).float()
+    assert found.calls == 1
+    assert found.noise == pytest.approx(float(error.square().sum()))
 
 
 def test_a_language_model(language_model: Path) -> None:
