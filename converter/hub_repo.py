@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.hub_errors import explained, retrying
 from omni_convert.formats.errors import OmniConvertError, printable
-from omni_convert.formats.layout import is_plain_name
+from omni_convert.formats.layout import is_plain_name, read_json
 
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)(@(?P<revision>[^@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -50,11 +52,12 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The files of one commit, by relative path."""
+    """The files of one commit, by relative path. ``is_whole``: they are all, as the Hub itself listed them."""
 
     repo: Repo
     commit: str
     files: Mapping[str, RemoteFile]
+    is_whole: bool = True
 
     def __str__(self) -> str:
         return f"{self.repo.id}@{self.commit[:12]}"
@@ -67,7 +70,7 @@ def parse_repo(text: str) -> Repo | None:
 
 
 def list_repo(repo: Repo) -> Listing:
-    """Resolve the revision and list its files; offline, those that the Hub cache holds.
+    """Resolve the revision and list its files; offline, those that the Hub listed earlier, or else those in its cache.
 
     Raises:
         OmniConvertError: no such repository or revision, no right to see it, no connection, or a file whose name or
@@ -97,7 +100,15 @@ def list_repo(repo: Repo) -> Listing:
 
 
 def remember(listing: Listing) -> None:
-    """Note in the Hub cache which commit the revision means, as its library does: offline, nobody else knows."""
+    """Note in the Hub cache the files of the commit, and which one the revision means, as its library does: offline,
+    nobody else knows."""
+    noted = _noted_listing(listing.repo, listing.commit)
+    if listing.is_whole and not noted.is_file():
+        with suppress(OSError):
+            noted.parent.mkdir(parents=True, exist_ok=True)
+            partial = noted.with_name(f"{noted.name}.{os.getpid()}")
+            partial.write_text(json.dumps({name: asdict(file) for name, file in listing.files.items()}))
+            partial.replace(noted)
     ref = cache_folder(listing.repo) / "refs" / listing.repo.revision
     if listing.repo.revision == listing.commit or (ref.is_file() and ref.read_text() == listing.commit):
         return
@@ -113,6 +124,11 @@ def cache_folder(repo: Repo) -> Path:
     return Path(HF_HUB_CACHE) / f"models--{repo.id.replace('/', '--')}"
 
 
+def _noted_listing(repo: Repo, commit: str) -> Path:
+    """Beside what huggingface_hub keeps of the repository, and deleted with that."""
+    return cache_folder(repo) / "omni-convert" / f"{commit}.json"
+
+
 def _list_cached(repo: Repo) -> Listing:
     folder = cache_folder(repo)
     ref = folder / "refs" / repo.revision
@@ -123,13 +139,29 @@ def _list_cached(repo: Repo) -> Listing:
             f"{repo}: is no folder here, and the Hub cache does not hold it ({folder}); HF_HUB_OFFLINE is set, so the "
             "Hub was not asked. Unset it, or name a folder."
         )
+    noted = _noted_listing(repo, commit)
+    if noted.is_file():
+        return Listing(repo=repo, commit=commit, files=_read_noted(repo, noted))
     files = {}
     for path in sorted(item for item in snapshot.rglob("*") if item.is_file()):
         name, etag = path.relative_to(snapshot).as_posix(), path.resolve().name
         is_large = _SHA256.fullmatch(etag) is not None
         size, oid = path.stat().st_size, None if is_large else etag
         files[_checked(repo, name)] = RemoteFile(size=size, oid=oid, sha256=etag if is_large else None)
-    return Listing(repo=repo, commit=commit, files=files)
+    return Listing(repo=repo, commit=commit, files=files, is_whole=False)
+
+
+def _read_noted(repo: Repo, path: Path) -> dict[str, RemoteFile]:
+    files = {}
+    for name, entry in read_json(path).items():
+        known = entry if isinstance(entry, dict) else {}
+        sha256 = known.get("sha256")
+        files[_checked(repo, name)] = RemoteFile(
+            size=_size(repo, name, known.get("size")),
+            oid=known.get("oid"),
+            sha256=_digest(repo, name, sha256) if sha256 else None,
+        )
+    return files
 
 
 def _checked(repo: Repo, name: str) -> str:

@@ -20,7 +20,7 @@ from omni_convert.converter.hub_repo import Listing, Repo, list_repo, parse_repo
 from omni_convert.converter.hub_view import make_view
 from omni_convert.converter.progress import progress_bar
 from omni_convert.converter.source import SourceFile
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
 
 class HubSource:
@@ -44,7 +44,33 @@ class HubSource:
                 f"{error.filename or folder}: cannot be written ({error.strerror}). Check the disk of temporary files "
                 "(TMPDIR) and that of the Hub cache (HF_HOME), then run again."
             ) from error
+        self._check_offline()
         remember(self.listing)
+
+    def _check_offline(self) -> None:
+        """Raises:
+        OmniConvertError: nothing can be fetched, and something has to be.
+        """
+        from huggingface_hub import is_offline_mode
+
+        needed = [name for name in self.listing.files if name not in self.left_out]
+        missing = [name for name in needed if not self.downloads.cached(name)] if is_offline_mode() else []
+        if missing:
+            raise OmniConvertError(
+                f"{self}: {printable(missing[0])} is not in the Hub cache ({len(missing)} of {len(needed)} files are "
+                "not), and HF_HUB_OFFLINE is set. Unset it, then run again."
+            )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is not known of the source."""
+        if self.listing.is_whole:
+            return []
+        return [
+            f"{self}: HF_HUB_OFFLINE is set, and the Hub cache does not tell which files the repository has. These are "
+            f"the {len(self.listing.files)} that it holds; others, such as a tokenizer, may be missing in the result. "
+            "Without HF_HUB_OFFLINE, a --dry-run notes them."
+        ]
 
     def __str__(self) -> str:
         return str(self.listing)

@@ -251,9 +251,9 @@ def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe
 
 
 def _warnings(views: Sequence[View], checkpoint: Checkpoint) -> list[str]:
-    """What is not known of the target, and on what condition it loads the result."""
+    """What is not known of source and target, and on what condition it loads the result."""
     unknown = [view for view in views if not is_known(view, checkpoint)]
-    warnings = []
+    warnings = [] if checkpoint.hub is None else checkpoint.hub.warnings
     if unknown:
         title = unknown[0].target.title
         classes = ", ".join(dict.fromkeys(printable(view.component.class_name) for view in unknown))

@@ -57,6 +57,23 @@ def test_offline_all_comes_from_the_cache(hub: HubServer, cli: Cli, qwen_image: 
     assert contents(cli.folder / "out", "") == contents(cli.folder / "again", "")
 
 
+def test_offline_what_is_missing_is_told(hub: HubServer, cli: Cli, qwen_image: Path) -> None:
+    hub.store.add_folder("org/qwen", qwen_image)
+    offline = ("--method", "int8", "org/qwen", "out")
+    cli.succeeds("--method", "int8", "org/qwen", "first")
+    (tokenizer,) = cli.home.glob("hub/models--*/snapshots/*/tokenizer/tokenizer.json")
+    tokenizer.unlink()
+    found = cli.fails(*offline, HF_HUB_OFFLINE="1")
+    assert "tokenizer/tokenizer.json is not in the Hub cache (1 of " in found
+    assert not (cli.folder / "out").exists()
+    (noted,) = cli.home.glob("hub/models--*/omni-convert/*.json")
+    noted.unlink()
+    done = cli.run(*offline, "--json", HF_HUB_OFFLINE="1")
+    assert "Warning: org/qwen@" in done.stderr
+    assert "does not tell which files the repository has" in json.loads(done.stdout)["warnings"][0]
+    assert not noted.exists()
+
+
 def test_a_plan_reads_headers_alone(hub: HubServer, cli: Cli, qwen_image: Path) -> None:
     hub.store.add_folder("org/qwen", qwen_image)
     found = json.loads(cli.succeeds("--method", "int8", "org/qwen", "out", "--dry-run", "--json"))

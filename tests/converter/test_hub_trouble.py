@@ -64,7 +64,7 @@ def test_one_fault_costs_some_time(qwen: HubServer, cli: Cli, fp8_output: Path, 
     [
         (Fault("cdn", status=429, times=99), "the Hub answers no more requests for now (429, too many)"),
         (Fault("/revision/", status=503, times=99), "org/qwen: the Hub answers 503"),
-        (Fault("/revision/", drop_after=10, times=99), "failed (RemoteProtocolError), again and again"),
+        (Fault("/revision/", drop_after=10, times=99), "org/qwen: found no such folder here, and the connection"),
         (Fault("cdn", status=403, times=99), "the Hub forbids it (403)"),
     ],
 )
