@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,10 +107,11 @@ def _pictures(pair: Pair, frame: int) -> str:
         f'<input type="range" min="0" max="100" step="0.5" value="50" aria-label="Show more of the reference, {name}">'
         "</div>"
     )
+    amplified = f"difference, {factor} times" if factor > 1 else "difference"
     return (
         f'<div class="pairs"><figure>{slider}<figcaption>{html.text(caption)}</figcaption></figure>'
         f"<figure>{_image(distance, f'difference of the {name}')}"
-        f"<figcaption>difference, {factor} times</figcaption></figure></div>"
+        f"<figcaption>{amplified}</figcaption></figure></div>"
     )
 
 
@@ -170,7 +172,7 @@ def _layers(trace: Sequence[LayerTrace]) -> str:
     )
     table = html.table("layers", columns, _layer_rows(trace), hint="Filter layers, as in: img_mlp")
     lines = [
-        html.copyable(f"--ignore '{layer.layer}' --ignore-whole-group")
+        html.copyable(f"--ignore {shlex.quote(layer.layer)} --ignore-whole-group")
         for layer, _ in by_kind(trace)[:_WORST]
         if layer.noise
     ]
