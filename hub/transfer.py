@@ -190,8 +190,11 @@ class HubOutlet:
         return self._draft
 
     def _upload_all(self) -> None:
-        """On a thread that nobody has to wait for: an interrupted process may end in the middle of an upload."""
-        while not self._stopped.is_set():
+        """On a thread that nobody has to wait for: an interrupted process may end in the middle of an upload.
+
+        It ends with the first error, so that whoever runs again does not meet it in the same pull request.
+        """
+        while self._error is None and not self._stopped.is_set():
             name, path, record = self._queue.get()
             try:
                 self._upload(name, path, record)

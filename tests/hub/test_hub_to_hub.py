@@ -276,10 +276,11 @@ def test_what_is_there_already_leaves_the_disk(
     hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(hub, monkeypatch, tmp_path / "home")
-    monkeypatch.setattr("omni_convert.converter.hub_errors.WAITS", [])
     work = tmp_path / "work"
     hub.faults.append(Fault("/commit/refs/pr/1", "POST", drop_after=0))  # committed, and the answer is lost
-    with pytest.raises(OmniConvertError, match="cannot be reached"):
+    hub.faults.append(Fault("/info/lfs/objects/batch", "POST", times=2, slow=1))  # while the next shard is waiting
+    with monkeypatch.context() as impatient, pytest.raises(OmniConvertError, match="cannot be reached"):
+        impatient.setattr("omni_convert.converter.hub_errors.WAITS", [])
         convert_to_hub(source, REPO, method="int8", work=work)
     assert list(work.rglob("*.safetensors"))
     hub.faults.append(Fault("/merge", "POST", times=99, status=500))
@@ -289,6 +290,8 @@ def test_what_is_there_already_leaves_the_disk(
     hub.faults.clear()
     convert_to_hub(source, REPO, method="int8", work=work)
     check_published(hub, local)
+    uploads = [request.path for request in hub.requests if request.method == "PUT"]
+    assert len(uploads) == len(set(uploads)), "the first run went on beside the second"
 
 
 def test_layers_that_share_scales_across_shards(
