@@ -16,6 +16,7 @@ import torch
 
 from omni_convert.formats.errors import UsageError, printable
 from omni_convert.formats.layout import CONFIG_NAME, PIPELINE_INDEX, read_json
+from omni_convert.quality.fused import engine_units
 from omni_convert.quality.gate import Checked, Condition
 from omni_convert.quality.generation import Generation, ask_of, generate
 from omni_convert.quality.pair import Pair, make_pair, overall
@@ -27,10 +28,12 @@ from omni_convert.quality.trace import LayerTrace, quantized_layers, trace
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """``quantization``: how it is quantized while it loads, in words; None: as it is on disk."""
+    """``quantization``: how it is quantized while it loads, in words; None: as it is on disk. ``target``: the engine
+    that decides what is quantized as a whole."""
 
     folder: Path
     quantization: str | None
+    target: str
     load: Callable[[], Any]
 
 
@@ -100,7 +103,10 @@ def compare_models(
 
     first = generate("reference", _named("reference", reference.load, progress), ask, request, device)
     second = generate("candidate", _named("candidate", load_candidate, progress), ask, request, device)
-    traced = trace(_named("layers", reference.load, progress), layers, ask, request, device) if trace_layers else None
+    traced = None
+    if trace_layers:
+        units = engine_units(candidate.folder, candidate.target, layers)
+        traced = trace(_named("layers", reference.load, progress), layers, units, ask, request, device)
     answers = zip(request.prompts, first.answers, second.answers, strict=True)
     pairs = [make_pair(*answer) for answer in answers]
     return Comparison(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,26 +18,30 @@ _LEFT, _RIGHT, _TOP, _FOOT = 58, 10, 10, 34
 _LARGEST_FACTOR = 64
 
 
-def numbered_line(values: Sequence[float], title: str, across: str, *, first: int = 1, from_zero: bool = True) -> str:
-    """A line through ``values``, numbered from ``first``, as SVG. What is not finite is left out of the line."""
-    finite = [value for value in values if math.isfinite(value)]
-    low, high = min([0.0, *finite] if from_zero else finite or [0.0]), max(finite, default=1.0)
-    span = high - low or 1.0
+def numbered_line(
+    values: Sequence[float], title: str, across: str, *, first: int = 1, logarithmic: bool = False
+) -> str:
+    """A line through ``values``, numbered from ``first``, as SVG, from zero or over whole decades. What is not finite,
+    or has no logarithm, is left out of the line."""
+    shown = [(n, value) for n, value in enumerate(values) if math.isfinite(value) and (value > 0 or not logarithmic)]
+    ticks = (_decades if logarithmic else _halves)([value for _, value in shown])
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    low, high = scale(ticks[0]), scale(ticks[-1])
     wide, tall = _WIDE - _LEFT - _RIGHT, _TALL - _TOP - _FOOT
 
     def place(number: int, value: float) -> tuple[float, float]:
-        return _LEFT + wide * number / max(len(values) - 1, 1), _TOP + tall * (1 - (value - low) / span)
+        across_at = _LEFT + wide * number / max(len(values) - 1, 1)
+        return across_at, _TOP + tall * (1 - (scale(value) - low) / (high - low))
 
-    grid = "".join(_grid_line(place(0, low + span * share)[1], low + span * share) for share in (0, 0.5, 1))
-    points = [(place(n, value), n + first, value) for n, value in enumerate(values) if math.isfinite(value)]
-    path = "L".join(f"{x:.1f},{y:.1f}" for (x, y), _, _ in points)
-    tips = [text(f"{across} {number}: {value:.6g}") for _, number, value in points]
+    grid = "".join(_grid_line(place(0, tick)[1], tick) for tick in ticks)
+    points = [(*place(n, value), f"{across} {n + first}: {value:.6g}") for n, value in shown]
+    path = "L".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
     dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--accent)" data-tip="{tip}"/>'
-        for ((x, y), _, _), tip in zip(points, tips, strict=True)
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="var(--accent)" data-tip="{text(tip)}"/>'
+        for x, y, tip in points
     )
     ends = "".join(
-        f'<text x="{place(n, low)[0]:.1f}" y="{_TALL - _FOOT + 15}" text-anchor="{anchor}">{n + first}</text>'
+        f'<text x="{place(n, ticks[0])[0]:.1f}" y="{_TALL - _FOOT + 15}" text-anchor="{anchor}">{n + first}</text>'
         for n, anchor in ([(0, "start"), (len(values) - 1, "end")] if len(values) > 1 else [(0, "start")])
     )
     name = f'<text x="{_LEFT + wide / 2}" y="{_TALL - 6}" text-anchor="middle">{text(across)}</text>'
@@ -46,6 +50,20 @@ def numbered_line(values: Sequence[float], title: str, across: str, *, first: in
         f'<svg viewBox="0 0 {_WIDE} {_TALL}" role="img" aria-label="{text(title)}">{grid}{line}{dots}{ends}{name}</svg>'
     )
     return f"<figure><figcaption>{text(title)}</figcaption>{svg}</figure>"
+
+
+def _halves(values: Sequence[float]) -> list[float]:
+    """From zero to the largest."""
+    largest = max(values, default=0.0) or 1.0
+    return [0.0, largest / 2, largest]
+
+
+def _decades(values: Sequence[float]) -> list[float]:
+    """Powers of ten around all values, at most six."""
+    low, high = math.floor(math.log10(min(values, default=1.0))), math.ceil(math.log10(max(values, default=1.0)))
+    high = max(high, low + 1)
+    step = math.ceil((high - low) / 5)
+    return [10.0**power for power in range(low, high + step, step)]
 
 
 def _grid_line(y: float, value: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from omni_convert.quality.compare_charts import difference, numbered_line, png
 from omni_convert.quality.compare_show import format_number, metric_rows, model_text
 from omni_convert.quality.pair import Pair
 from omni_convert.quality.request import FRAMES
-from omni_convert.quality.trace import LayerTrace, by_kind
+from omni_convert.quality.trace import LayerTrace, keeping_lines
 
 if TYPE_CHECKING:
     from omni_convert.quality.compare import Comparison
@@ -27,7 +26,7 @@ _SHOWN_FRAMES = 6
 _SMALL = 256
 """Pixels of a side: below, a picture is shown larger than it is, with visible pixels."""
 _WORST = 3
-"""Kinds of layers with a line to copy."""
+"""Kinds of layers, with what they are fused with, that have a line to copy."""
 
 
 def comparison_page(comparison: Comparison) -> str:
@@ -47,8 +46,9 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 _DRIFT = html.paragraph(
-    "After every denoising step, the candidate's latents beside the reference's. What the first steps get wrong, all",
-    "others work on.",
+    "How far the candidate's latents are from the reference's after every denoising step: by length (L2 distance over",
+    "the reference's norm) and by direction (1 - cosine). Lower is better. What the first steps get wrong, all others",
+    "work on.",
 )
 
 
@@ -127,7 +127,7 @@ def _tokens(pair: Pair, number: int) -> str:
     chart = numbered_line(values, f"relative L2 of the {pair.reference.kind} after each token", "token")
     says = [pair.reference.best, pair.candidate.best]
     columns = [html.Column(title="#", digits=0), html.Column(title="token"), html.Column(title="relative L2", digits=5)]
-    columns += [html.Column(title=f"{side} goes on with") for side in ("reference", "candidate") if all(says)]
+    columns += [html.Column(title=f"next, {side}") for side in ("reference", "candidate") if all(says)]
     rows = [
         (float(place), token, value if math.isfinite(value) else None, *(best[place - 1] for best in says if all(says)))
         for place, (token, value) in enumerate(zip(pair.reference.tokens, values, strict=True), 1)
@@ -154,9 +154,9 @@ def _metrics(comparison: Comparison) -> str:
 
 def _drift(pair: Pair, number: int) -> str:
     distance = [step.relative_l2 for step in pair.drift]
-    cosine = [step.cosine_similarity for step in pair.drift]
+    turned = [1 - step.cosine_similarity for step in pair.drift]
     return numbered_line(distance, f"relative L2, prompt {number}", "step") + numbered_line(
-        cosine, f"cosine, prompt {number}", "step", from_zero=False
+        turned, f"1 - cosine, logarithmic, prompt {number}", "step", logarithmic=True
     )
 
 
@@ -168,14 +168,10 @@ def _layers(trace: Sequence[LayerTrace]) -> str:
     ]  # fmt: skip
     text = html.paragraph(
         "The reference ran; every quantized layer got the same input as the layer that it stands for, and this is its",
-        "own error, of weights and activations. The worst kinds of layers, to keep:",
+        "own error, of weights and activations. To keep the worst kinds of layers, with what engines fuse with them:",
     )
     table = html.table("layers", columns, _layer_rows(trace), hint="Filter layers, as in: img_mlp")
-    lines = [
-        html.copyable(f"--ignore {shlex.quote(layer.layer)} --ignore-whole-group")
-        for layer, _ in by_kind(trace)[:_WORST]
-        if layer.noise
-    ]
+    lines = [html.copyable(line) for line in keeping_lines(trace, _WORST)]
     return html.section("Layers on real activations", text, *lines, table)
 
 

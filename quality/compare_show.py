@@ -120,7 +120,7 @@ def _drift_text(pair: Pair, number: int) -> str:
         [
             f"drift of the latents over {len(values)} steps, prompt {number}: {sparkline(values)}",
             f"relative L2 {first.relative_l2:.4g} after the first, {last.relative_l2:.4g} after the last; "
-            f"cosine {first.cosine_similarity:.6f} and {last.cosine_similarity:.6f}",
+            f"1 - cosine {1 - first.cosine_similarity:.3g} and {1 - last.cosine_similarity:.3g}",
         ]
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import shlex
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omni_convert.converter.checkpoint import open_component
-from omni_convert.formats.config import exact_pattern
 from omni_convert.formats.errors import printable
-from omni_convert.formats.patterns import Pattern
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
+from omni_convert.quality.fused import own_pattern
 from omni_convert.quality.layers import Conversion, Layer, read_conversion
 from omni_convert.quality.trace_file import read_trace
 
@@ -275,13 +273,8 @@ def _detail(
 def keeping_pattern(layer: Layer, done: Conversion) -> str:
     """What ``--ignore`` takes for the group of a layer, and for nothing else of the conversion."""
     prefix = f"{layer.component}." if len(done.classes) > 1 else ""
-    escaped = glob.escape(layer.group)
-    if escaped != layer.group or layer.group.startswith("re:"):  # would be a pattern
-        return prefix + (escaped if escaped.startswith("[") else exact_pattern(escaped))
-    pattern = Pattern(layer.group)
     others = (other for other in done.layers if other.component == layer.component and other.group != layer.group)
-    alone = not any(pattern.matches(name) for other in others for name in (other.name, other.group))
-    return prefix + (layer.group if alone else exact_pattern(layer.group))
+    return prefix + own_pattern(layer.group, (name for other in others for name in (other.name, other.group)))
 
 
 def _finite(value: float | None) -> float | None:

@@ -8,7 +8,9 @@ that arrived from layers before it.
 from __future__ import annotations
 
 import functools
+import glob
 import math
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from omni_convert.formats import format_label
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.text import layer_patterns
+from omni_convert.quality.fused import Unit, own_pattern
 from omni_convert.quality.generation import Ask
 from omni_convert.quality.meter import freed_after
 from omni_convert.quality.request import Request
@@ -31,9 +34,10 @@ from omni_convert.runtime.linear import QuantizedLinear
 @dataclass(kw_only=True)
 class LayerTrace:
     """Sums of squares of a layer's output and of its error, over ``calls``. ``layer``: of a pipeline, after the name of
-    its component."""
+    its component. ``unit``: what it is quantized or kept with."""
 
     layer: str
+    unit: Unit
     format: str
     calls: int = 0
     signal: float = 0.0
@@ -65,14 +69,15 @@ class LayerTrace:
 
 
 def by_kind(layers: Sequence[LayerTrace]) -> list[tuple[LayerTrace, int]]:
-    """The sums of layers whose names differ in their numbers only, under a glob of these names, worst first; and how
+    """The sums of layers whose names differ in their numbers only, under globs of these names, worst first; and how
     many they are."""
     patterns = layer_patterns([layer.layer for layer in layers])
-    kinds: dict[tuple[str, str], LayerTrace] = {}
-    counts: dict[tuple[str, str], int] = defaultdict(int)
+    units = layer_patterns({layer.unit.name for layer in layers})
+    kinds: dict[tuple[str, Unit, str], LayerTrace] = {}
+    counts: dict[tuple[str, Unit, str], int] = defaultdict(int)
     for layer in layers:
-        key = patterns[layer.layer], layer.format
-        kind = kinds.setdefault(key, LayerTrace(layer=key[0], format=layer.format))
+        key = patterns[layer.layer], Unit(layer.unit.component, units[layer.unit.name]), layer.format
+        kind = kinds.setdefault(key, LayerTrace(layer=key[0], unit=key[1], format=layer.format))
         kind.calls += layer.calls
         kind.signal += layer.signal
         kind.noise += layer.noise
@@ -81,33 +86,57 @@ def by_kind(layers: Sequence[LayerTrace]) -> list[tuple[LayerTrace, int]]:
     return [(kinds[key], counts[key]) for key in order]
 
 
+def keeping_lines(layers: Sequence[LayerTrace], most: int) -> list[str]:
+    """The options that keep the ``most`` worst kinds of layers, each with all that the engine fuses with it."""
+    kinds = [kind.unit for kind, _ in by_kind(layers) if kind.noise]
+    return [f"--ignore {shlex.quote(_pattern(unit, layers))}" for unit in list(dict.fromkeys(kinds))[:most]]
+
+
+def _pattern(kind: Unit, layers: Sequence[LayerTrace]) -> str:
+    """What ``--ignore`` takes for all units of a kind."""
+    prefix = f"{kind.component}." if kind.component else ""
+    within = [layer for layer in layers if layer.unit.component == kind.component]
+    if kind not in {layer.unit for layer in within}:  # but a glob of several
+        return prefix + glob.escape(kind.name).replace("[*]", "*")
+    others = [layer for layer in within if layer.unit != kind]
+    return prefix + own_pattern(
+        kind.name, (name for layer in others for name in (layer.layer.removeprefix(prefix), layer.unit.name))
+    )
+
+
 def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:
     """Of a model or pipeline, by the names of ``LayerTrace``."""
     return {name: module for name, module in all_modules(model).items() if isinstance(module, QuantizedLinear)}
 
 
 def trace(
-    load: Callable[[], Any], layers: Mapping[str, QuantizedLinear], ask: Ask, request: Request, device: torch.device
-) -> tuple[LayerTrace, ...]:
-    """Ask the reference that ``load`` loads; the layers that it called, worst first.
+    load: Callable[[], Any], layers: Mapping[str, QuantizedLinear], units: Mapping[str, Unit], ask: Ask,
+    request: Request, device: torch.device,
+) -> tuple[LayerTrace, ...]:  # fmt: skip
+    """Ask the reference that ``load`` loads; the layers that it called, worst first. ``units``: of every layer.
 
     Raises:
         OmniConvertError: it has no module of a layer's name.
     """
     with freed_after(device):
-        traces = _trace(load(), layers, ask, request)
+        traces = _trace(load(), layers, units, ask, request)
     return tuple(sorted((found for found in traces if found.calls), key=lambda found: (found.sqnr_db, found.layer)))
 
 
 @torch.inference_mode()
-def _trace(reference: Any, layers: Mapping[str, QuantizedLinear], ask: Ask, request: Request) -> list[LayerTrace]:
+def _trace(
+    reference: Any, layers: Mapping[str, QuantizedLinear], units: Mapping[str, Unit], ask: Ask, request: Request
+) -> list[LayerTrace]:
     modules = all_modules(reference)
     if lost := [name for name in layers if name not in modules]:
         raise OmniConvertError(
             f"the candidate has a quantized layer {lost[0]}, but the reference has no module of that name, expected "
             "two forms of one model. Compare a conversion with its source."
         )
-    traces = {name: LayerTrace(layer=name, format=format_label(layer.format)) for name, layer in layers.items()}
+    traces = {
+        name: LayerTrace(layer=name, unit=units[name], format=format_label(layer.format))
+        for name, layer in layers.items()
+    }
     with _hooks({modules[name]: functools.partial(_compare, layers[name], traces[name]) for name in layers}):
         for prompt in request.prompts:
             ask(reference, prompt, True)

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni_convert.converter.manifest import read_manifest
 from omni_convert.converter.recipe import Choices
 from omni_convert.formats.errors import UsageError
 from omni_convert.formats.quant_config import Spec
+from omni_convert.formats.target import DEFAULT_TARGET
 from omni_convert.quality.gate import parse_gate
 from omni_convert.quality.request import DEFAULT_SEED, Request, Task
 
@@ -95,7 +97,9 @@ def _stored(folder: Path, device: torch.device) -> Model:
 
     if (asked := asked_online(folder)) is not None:
         return _online(folder, asked, device, {})
-    return Model(folder=folder, quantization=None, load=prepare(folder, device=device))
+    load, manifest = prepare(folder, device=device), read_manifest(folder)
+    target = str(manifest["recipe"].get("target", DEFAULT_TARGET)) if manifest else DEFAULT_TARGET
+    return Model(folder=folder, quantization=None, target=target, load=load)
 
 
 def _online(folder: Path, quantization: Spec, device: torch.device, choices: Choices) -> Model:
@@ -105,7 +109,8 @@ def _online(folder: Path, quantization: Spec, device: torch.device, choices: Cho
     load = prepare_online(folder, quantization, device=device, dtype=None, **choices)
     given: dict[str, Any] = {"": quantization, **choices}
     words = [_in_words(name, value) for name, value in given.items() if value not in (None, (), [])]
-    return Model(folder=folder, quantization=", ".join(words), load=load)
+    target = choices.get("target") or (choices.get("recipe") or {}).get("target", DEFAULT_TARGET)
+    return Model(folder=folder, quantization=", ".join(words), target=target, load=load)
 
 
 def _in_words(name: str, value: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,11 @@ from browser import DESKTOP, PHONE, opened, overflow
 from PIL import Image
 
 import omni_convert
-from omni_convert.quality.compare_charts import difference
+from omni_convert.quality.compare_charts import difference, numbered_line
+from omni_convert.quality.trace import keeping_lines
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator
+    from playwright.sync_api import Browser, Locator, Page
 
     from omni_convert.quality.compare import Comparison
 
@@ -50,7 +53,9 @@ def split(slider: Locator) -> float:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_page_shows_everything(browser: Browser, page_file: Path, scheme: str, viewport: dict[str, int]) -> None:
+def test_page_shows_everything(
+    browser: Browser, page_file: Path, pictures: Comparison, scheme: str, viewport: dict[str, int]
+) -> None:
     with opened(browser, page_file, scheme=scheme, viewport=viewport) as page:
         assert page.title() == "What changed: int8"
         assert overflow(page) == 0
@@ -59,6 +64,8 @@ def test_page_shows_everything(browser: Browser, page_file: Path, scheme: str, v
         assert page.locator("svg").count() == 4
         assert page.locator(".gate .missed").all_inner_texts()[0].startswith("mae ")
         assert page.locator("#layers tbody tr").count() == 36
+        assert pictures.trace is not None
+        assert page.locator(".copy code").all_inner_texts() == keeping_lines(pictures.trace, 3)
         box = page.locator(".slider").first.bounding_box()
         assert box is not None and box["width"] / box["height"] == pytest.approx(48 / 32, rel=0.02)
 
@@ -113,10 +120,44 @@ def test_frames_and_tokens(browser: Browser, wan: Path, language_model: Path, tm
         language_model, quantization="fp8", target="omni-convert", task="text", prompt="a red bicycle"
     )
     (tmp_path / "text.html").write_text(words.to_html())
-    with opened(browser, tmp_path / "text.html") as page:
+    with opened(browser, tmp_path / "text.html", viewport=PHONE) as page:
+        assert overflow(page) == 0
+        hidden = "[...document.querySelectorAll('.scroll')].map((box) => box.scrollWidth - box.clientWidth)"
+        assert set(page.evaluate(hidden)) == {0}
         rows = page.locator("#tokens-1 tbody tr")
         assert rows.count() == words.pairs[0].reference.output.shape[0]
         assert "".join(page.locator("#tokens-1 td:nth-child(2)").all_inner_texts()).replace(" ", "") == "aredbicycle"
+
+
+def heights(page: Page, number: int) -> list[float]:
+    """Of the dots of a chart above its lowest line, as a share of the way to the highest."""
+    chart = page.locator("svg").nth(number)
+    grid = chart.locator("path[stroke='var(--line)']").evaluate_all("lines => lines.map((line) => line.getBBox().y)")
+    dots = chart.locator("circle").evaluate_all("dots => dots.map((dot) => Number(dot.getAttribute('cy')))")
+    return [(max(grid) - dot) / (max(grid) - min(grid)) for dot in dots]
+
+
+def test_drift_is_told_by_axes_that_show_it(browser: Browser, page_file: Path, pictures: Comparison) -> None:
+    with opened(browser, page_file) as page:
+        captions = page.locator(".charts figcaption").all_inner_texts()
+        assert captions[:2] == ["relative L2, prompt 1", "1 - cosine, logarithmic, prompt 1"]
+        distance = [step.relative_l2 for step in pictures.pairs[0].drift]
+        assert heights(page, 0) == pytest.approx([value / max(distance) for value in distance], abs=0.01)
+        turned = np.log10([1 - step.cosine_similarity for step in pictures.pairs[0].drift])
+        low, high = math.floor(turned.min()), math.ceil(turned.max())
+        assert heights(page, 1) == pytest.approx((turned - low) / (high - low), abs=0.01)
+        labels = page.locator("svg").nth(1).locator("text[text-anchor=end]").all_text_contents()
+        assert [float(label) for label in labels[: high - low + 1]] == pytest.approx(10.0 ** np.arange(low, high + 1))
+
+
+@pytest.mark.parametrize("values", [[], [0.0, 0.0], [math.nan, math.inf], [1e-5], [1e-15, 1e-2], [3.0, 3.0]])
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_lines_of_any_values(values: list[float], logarithmic: bool) -> None:
+    shown = [value for value in values if math.isfinite(value) and (value > 0 or not logarithmic)]
+    drawn = numbered_line(values, "title", "step", logarithmic=logarithmic)
+    assert drawn.count("<circle") == len(shown) and "nan" not in drawn and "inf" not in drawn
+    for y in map(float, re.findall(r'cy="([^"]+)"', drawn)):
+        assert 10 <= y <= 136
 
 
 @pytest.mark.parametrize(("distance", "factor"), [(0, 64), (1, 64), (9, 16), (40, 4), (255, 1)])

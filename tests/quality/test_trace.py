@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shlex
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hostile.small import random, write_weights
 from loaded import layers_of
 from models import load_bf16, write_qwen_image
 from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
+from omni_convert.quality.fused import Unit
 from omni_convert.quality.request import HIDDEN, Answer, Request
-from omni_convert.quality.trace import by_kind, quantized_layers
+from omni_convert.quality.trace import LayerTrace, by_kind, keeping_lines, quantized_layers
 from omni_convert.quality.trace import trace as trace_layers
 
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 2}
@@ -100,6 +103,52 @@ def test_worst_first_and_in_the_text(qwen_image: Path, converted: Path) -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def kept_by(line: str, model: Path) -> set[str]:
+    """What an option alone keeps of what is quantized without it."""
+    option, pattern = shlex.split(line)
+    assert option == "--ignore"
+    before, after = (
+        {
+            tensor.layer
+            for tensor in omni_convert.plan(model, method="int8", ignore=ignore).tensors()
+            if tensor.decision.format
+        }
+        for ignore in ([], [pattern])
+    )
+    return before - after
+
+
+def test_a_line_keeps_a_kind_with_what_it_is_fused_with(qwen_image: Path, converted: Path) -> None:
+    for candidate in ({"candidate": converted}, {"quantization": "int8"}):
+        result = omni_convert.compare(qwen_image, **candidate, task="t2i", prompt="a", trace_layers=True, **SIZE)
+        assert result.trace is not None
+        lines = keeping_lines(result.trace, 99)
+        kept = [kept_by(line, qwen_image) for line in lines]
+        assert len(lines) == 12 - 2 * 2  # q, k, v in one line, and likewise those of the text
+        assert sum(map(len, kept)) == len(set().union(*kept)) == len(result.trace)
+        worst = result.trace[0].layer.removeprefix("transformer.")
+        assert worst in kept[0] and keeping_lines(result.trace, 2) == lines[:2]
+
+
+@pytest.mark.parametrize("component", ["", "part"])
+def test_lines_for_names_within_names(component: str, tmp_path: Path) -> None:
+    names = ["q", "blocks.0.q", "blocks.1.q", "x[1].0.k", "x[1].2.k", "x[1].k"]
+    layers = [
+        LayerTrace(
+            layer=".".join(filter(None, (component, name))),
+            unit=Unit(component, name),
+            format="int8",
+            signal=1,
+            noise=1,
+        )
+        for name in names
+    ]
+    source = write_weights(tmp_path / "model.safetensors", {f"{name}.weight": random(64, 64) for name in names})
+    lines = keeping_lines(layers, 99)
+    kept = [kept_by(line.replace(f"{component}.", "") if component else line, source) for line in lines]
+    assert sorted(map(sorted, kept)) == [["blocks.0.q", "blocks.1.q"], ["q"], ["x[1].0.k", "x[1].2.k"], ["x[1].k"]]
+
+
 def test_another_model_is_named(converted: Path, tmp_path: Path) -> None:
     fewer = write_qwen_image(tmp_path / "fewer", layers=2)
     with pytest.raises(OmniConvertError, match=r"quantized layer transformer\.\S+, but the reference has no module"):
@@ -120,7 +169,8 @@ def test_a_layer_that_is_called_by_keyword() -> None:
 
     values, model = torch.randn(4, 64, dtype=torch.bfloat16), Model()
     layers = quantized_layers(omni_convert.quantize_(copy.deepcopy(model), "int8"))
-    (found,) = trace_layers(lambda: model, layers, ask, Request(task="text", prompts=("a",)), torch.device("cpu"))
+    units, request = {"linear": Unit("", "linear")}, Request(task="text", prompts=("a",))
+    (found,) = trace_layers(lambda: model, layers, units, ask, request, torch.device("cpu"))
     with torch.inference_mode():
         error = (layers["linear"](values) - model(values)).float()
     assert found.calls == 1
