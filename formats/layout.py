@@ -63,7 +63,7 @@ def read_shards(folder: Path, check: Callable[[Path], None] = lambda path: None)
         check(folder / index_name)
         weight_map, metadata = read_index(folder / index_name)
         headers = _read_headers(folder, sorted(set(weight_map.values())), check)
-        _check_weight_map(folder / index_name, weight_map, headers)
+        check_weight_map(folder / index_name, weight_map, headers)
     else:
         metadata = {}
         headers = _read_headers(folder, [single], check)
@@ -96,6 +96,21 @@ def read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
             )
     _check_distinct(path, sorted(set(weight_map.values())))
     return weight_map, metadata
+
+
+def check_weight_map(path: Path, weight_map: Mapping[str, str], headers: Sequence[Header]) -> None:
+    """``path``: of the index. ``headers``: of every file that it names.
+
+    Raises:
+        OmniConvertError: it places a tensor in a file that does not hold it.
+    """
+    by_name = {header.path.name: header for header in headers}
+    for tensor, name in weight_map.items():
+        if tensor not in by_name[name].tensors:
+            raise OmniConvertError(
+                f"{path}: places tensor {printable(tensor)} in {name}, but that shard does not hold it. "
+                "Index and shards are of different versions: download the repository again."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,16 +237,6 @@ def _read_headers(folder: Path, names: Sequence[str], check: Callable[[Path], No
         check(path)
         headers.append(read_header(path))
     return tuple(headers)
-
-
-def _check_weight_map(path: Path, weight_map: Mapping[str, str], headers: Sequence[Header]) -> None:
-    by_name = {header.path.name: header for header in headers}
-    for tensor, name in weight_map.items():
-        if tensor not in by_name[name].tensors:
-            raise OmniConvertError(
-                f"{path}: places tensor {printable(tensor)} in {name}, but that shard does not hold it. "
-                "Index and shards are of different versions: download the repository again."
-            )
 
 
 def _check_unique(folder: Path, shards: Shards) -> None:

@@ -5,7 +5,7 @@ No weight is read here. Everything that can be wrong with a checkpoint is found 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from omni_convert.formats.config import QuantizationConfig, asks_online, parse_c
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.header import FLOAT_DTYPES, Header, TensorSpec, read_header
-from omni_convert.formats.layout import CONFIG_NAME, read_json, read_shards
+from omni_convert.formats.layout import CONFIG_NAME, INDEX_NAMES, check_weight_map, read_index, read_json, read_shards
 
 _OPTIONS = (Fp8(activation_scheme="static"), Fp8(granularity="block"))
 """With suffixes that ``FORMATS``, which have the default of every option, lack."""
@@ -74,7 +74,7 @@ def read_component(path: Path) -> Component:
     if not isinstance(announced, dict):
         raise OmniConvertError(f"{where} is {announced!r}, expected an object.")
     if asks_online(announced):
-        _check_flag(announced, tensors, where)
+        _check_flag(announced, tensors, where, (".weight_scale", ".weight_scale_inv"))
         if "quant_method" not in announced:
             raise OmniConvertError(
                 f"{where}: found the key method, expected quant_method: libraries know only that one."
@@ -85,9 +85,24 @@ def read_component(path: Path) -> Component:
     return read(quantization=quantization)
 
 
-def _check_flag(announced: Mapping[str, Any], tensors: Mapping[str, TensorSpec], where: str) -> None:
-    """Whether a config that does not say "quantized already" is wrong."""
-    scale = next((name for name in tensors if name.endswith((".weight_scale", ".weight_scale_inv"))), None)
+def check_flag(files: Iterable[Path]) -> None:
+    """Whether a library's own quantizer of the same name as one of our methods may load ``files``.
+
+    Raises:
+        OmniConvertError: they hold a ``weight_scale``, which it does not read: it would take codes for weights.
+    """
+    for folder in {file.parent for file in files}:
+        path = folder / CONFIG_NAME
+        announced = stored_config(read_json(path)) if path.is_file() else None
+        if announced and asks_online(announced):
+            _check_flag(announced, read_tensors(files), f"{path}: quantization_config", (".weight_scale",))
+
+
+def _check_flag(
+    announced: Mapping[str, Any], tensors: Mapping[str, TensorSpec], where: str, suffixes: tuple[str, ...]
+) -> None:
+    """Whether a config that does not say "quantized already" is wrong: some tensor has one of ``suffixes``."""
+    scale = next((name for name in tensors if name.endswith(suffixes)), None)
     if scale is None:
         return
     flag = str(FORMATS[announced.get("quant_method", announced.get("method"))].serialized_flag)
@@ -102,20 +117,33 @@ def read_tensors(files: Iterable[Path]) -> dict[str, TensorSpec]:
     """Name -> dtype and shape of every tensor in ``files``.
 
     Raises:
-        OmniConvertError: a file is not a well-formed safetensors file, or two files hold the same tensor.
+        OmniConvertError: a file is not a well-formed safetensors file, two files hold the same tensor, or the index
+            beside them places one elsewhere.
     """
     tensors: dict[str, TensorSpec] = {}
     origin: dict[str, Path] = {}
-    for file in files:
-        header = (OPENED.get() or {}).get(file) or read_header(file)
+    opened = OPENED.get() or {}
+    headers = [opened.get(file) or read_header(file) for file in files]
+    for header in headers:
         for name, stored in header.tensors.items():
             if name in tensors:
                 raise OmniConvertError(
-                    f"{file}: holds tensor {name}, which {origin[name].name} holds too; expected each tensor once. "
-                    "Remove shards of another conversion."
+                    f"{header.path}: holds tensor {name}, which {origin[name].name} holds too; expected each tensor "
+                    "once. Remove shards of another conversion."
                 )
-            tensors[name], origin[name] = stored.spec, file
+            tensors[name], origin[name] = stored.spec, header.path
+    if not opened:  # ``read_component`` has seen it
+        _check_index(headers)
     return tensors
+
+
+def _check_index(headers: Sequence[Header]) -> None:
+    """Whether the index of these files, if they have one, fits them: libraries take names from either."""
+    for path in {header.path.parent / name for header in headers for name in INDEX_NAMES}:
+        if path.is_file():
+            weight_map, _ = read_index(path)
+            if set(weight_map.values()) == {header.path.name for header in headers}:
+                check_weight_map(path, weight_map, headers)
 
 
 def quantized_layers(
@@ -137,7 +165,8 @@ def quantized_layers(
     code_dtypes = {fmt.tensors((1, 1))["weight"].dtype for fmt in config.formats}
     for name, spec in tensors.items():
         layer = name.removesuffix(".weight")
-        if layer != name and spec.dtype in code_dtypes and layer not in names:
+        is_code = spec.dtype in code_dtypes or spec.dtype.startswith(("I", "U"))  # weights are never integers
+        if layer != name and is_code and layer not in names:
             scale = config.format_on_disk(layer).suffixes[1]
             raise OmniConvertError(
                 f"{where}: tensor {name} is {spec.dtype} without {layer}.{scale}, expected both. "

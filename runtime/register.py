@@ -16,7 +16,9 @@ from types import ModuleType
 
 _PLUGINS = {
     "diffusers.quantizers.auto": "omni_convert.runtime.diffusers_plugin",
+    "diffusers.models.modeling_utils": "omni_convert.runtime.diffusers_files",
     "transformers.quantizers.auto": "omni_convert.runtime.transformers_plugin",
+    "transformers.modeling_utils": "omni_convert.runtime.transformers_files",
     "peft.tuners.tuners_utils": "omni_convert.runtime.peft_plugin",
 }
 

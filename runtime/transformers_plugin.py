@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,9 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from omni_convert.formats.config import MIXED, parse_config
+from omni_convert.formats.config import METHODS, MIXED, parse_config
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.runtime.component import quantized_layers, read_tensors
+from omni_convert.runtime.component import check_flag, quantized_layers, read_tensors
 from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import QUANTIZING, Online
@@ -194,4 +195,20 @@ def announce(model: Any, config: Mapping[str, Any]) -> None:
     model.config.quantization_config = model.hf_quantizer.quantization_config
 
 
+def _refusing_codes(theirs: Any) -> type:
+    """A quantizer of Transformers, which gets configs without our flag, except that it refuses codes of ours."""
+
+    @functools.wraps(theirs, updated=())
+    class Refusing(theirs):  # type: ignore[misc]
+        def preprocess_model(self, model: Any, **kwargs: Any) -> None:
+            files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+            check_flag([file for file in files if file.suffix == ".safetensors"])
+            super().preprocess_model(model, **kwargs)
+
+    return Refusing
+
+
 register_names(auto, OmniConvertQuantizer, OmniConvertConfig)
+for method, quantizer in auto.AUTO_QUANTIZER_MAPPING.items():
+    if method in METHODS and quantizer is not OmniConvertQuantizer:
+        auto.AUTO_QUANTIZER_MAPPING[method] = _refusing_codes(quantizer)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from quantized import as_bytes
 from safetensors.torch import load_file
 from torch import nn
 
+import omni_convert
+from omni_convert import OmniConvertError
 from omni_convert.formats import FORMATS
 from omni_convert.formats.base import Format
 from omni_convert.runtime.linear import QuantizedLinear
 
+LAYERS = {"qwen": "transformer_blocks.0.attn.to_q", "bert": "encoder.layer.0.output.dense"}
+"""A quantized layer of each of the models in ``runtime/conftest.py``."""
 SCALES = {"weight_scale_inv", *(suffix for fmt in FORMATS.values() for suffix in fmt.suffixes[1:])}
 
 
@@ -96,3 +102,18 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
     """The first output."""
     output: torch.Tensor = model(**inputs)[0]
     return output
+
+
+def loaders(name: str) -> list[Callable[[Path], Any]]:
+    """Ours, and the ``from_pretrained`` of the library of a model in ``LAYERS``."""
+    from diffusers import QwenImageTransformer2DModel
+    from transformers import BertModel
+
+    return [omni_convert.load, (QwenImageTransformer2DModel if name == "qwen" else BertModel).from_pretrained]
+
+
+def refused(name: str, folder: Path, message: str) -> None:
+    """By all ``loaders``."""
+    for load in loaders(name):
+        with pytest.raises(OmniConvertError, match=message):
+            load(folder)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from kinds import KINDS
-from loaded import layers_of, stored
+from loaded import LAYERS, layers_of, refused, stored
 from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
 
 Tensors = dict[str, torch.Tensor]
-LAYERS = {"qwen": "transformer_blocks.0.attn.to_q", "bert": "encoder.layer.0.output.dense"}
 KEPT = {"qwen": "img_in.weight", "bert": "embeddings.word_embeddings.weight"}
 library = pytest.mark.parametrize("name", LAYERS)
 
@@ -37,17 +35,33 @@ def change(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Path
     return change
 
 
-def loaders(name: str) -> list[Callable[[Path], Any]]:
-    from diffusers import QwenImageTransformer2DModel
-    from transformers import BertModel
+@library
+@pytest.mark.parametrize(
+    ("suffix", "edit", "message"),
+    [
+        ("weight_scale", None, "weight is I8 without .*weight_scale, expected both"),
+        ("weight", None, "has a scale but no .*weight, expected both"),
+        ("weight", lambda value: value[:-1].contiguous(), r"weight_scale is F32 \(64, 1\), expected F32 \(63, 1\)"),
+        ("weight_scale", torch.flatten, r"weight_scale is F32 \(64,\), expected F32 \(64, 1\)"),
+        ("weight", torch.Tensor.bfloat16, r"weight is BF16 \(64, .*\), expected I8"),
+        ("weight_scale", torch.Tensor.half, r"weight_scale is F16 \(64, 1\), expected F32"),
+    ],
+)
+def test_what_a_quantized_layer_has(
+    name: str, suffix: str, edit: Callable[..., torch.Tensor] | None, message: str, change: Callable[..., Path]
+) -> None:
+    key = f"{LAYERS[name]}.{suffix}"
+    folder = change(name, lambda tensors: tensors.update({key: edit(tensors[key])}) if edit else tensors.pop(key))
+    refused(name, folder, f"{LAYERS[name]}.*{message}")
 
-    return [omni_convert.load, (QwenImageTransformer2DModel if name == "qwen" else BertModel).from_pretrained]
 
-
-def refused(name: str, folder: Path, message: str) -> None:
-    for load in loaders(name):
-        with pytest.raises(OmniConvertError, match=message):
-            load(folder)
+@library
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+def test_weights_are_no_integers(name: str, dtype: torch.dtype, change: Callable[..., Path]) -> None:
+    """The libraries would cast them to floating point."""
+    key = KEPT[name]
+    folder = change(name, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    refused(name, folder, f"tensor {key} is [IU][0-9]+ without")
 
 
 @library
