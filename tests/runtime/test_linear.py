@@ -180,6 +180,12 @@ def test_new_weights_are_noticed(layer: QuantizedLinear, x: torch.Tensor) -> Non
     other = make_layer(layer.format, seed=1)
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
+    with torch.no_grad():
+        layer.weight.copy_(flipped(layer.weight))
+    assert torch.equal(layer(x), expected(layer, x))
+    layer.weight.data.copy_(other.weight)
+    layer.to("cpu")  # past all versions: nothing shows that, but moving makes anew what was prepared
+    assert torch.equal(layer(x), other(x))
     layer.weight.data = flipped(layer.weight)
     assert torch.equal(layer(x), expected(layer, x))
     layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
