@@ -161,12 +161,13 @@ def _count(folder: Folder, part: Part) -> int:
     return len(part.quantized)
 
 
+CODES = "codes"
 RULES: Mapping[str, tuple[str, Count, Problems]] = {
     "fused scales": (
         "layers by the scales that the engine merges", lambda folder, part: len(_merged(part)), _fused_scales,
     ),
     "fused factors": ("layers by mul_scale", _count_mul_scales, _mul_scales),
-    "codes": (
+    CODES: (
         "layers code by code",
         lambda folder, part: 0 if part.kind == "int8" else len(part.quantized),  # all its bytes are weights
         _codes,

@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 from threading import Event, Semaphore, Thread
 from typing import TYPE_CHECKING
 
+from omni_convert.converter import contract_values
+from omni_convert.converter.contract import check_contract
+from omni_convert.converter.contract_view import keep_scales, lay_out
 from omni_convert.converter.convert import Means, Report, plan, run
 from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.job import job_identity
 from omni_convert.converter.plan import Plan
-from omni_convert.formats.errors import OmniConvertError, UsageError
+from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
 from omni_convert.hub.errors import redact
@@ -121,7 +125,7 @@ class HubOutlet:
 
     def __init__(self, plan: Plan, target: Target, means: Means, *, progress: bool) -> None:
         """Finds out everything that can be refused before a byte is converted."""
-        job = job_identity(plan)
+        self._plan, job = plan, job_identity(plan)
         self.work = Work(target.work, target.repo_id, job)
         self._target = target
         self._card = check_card(Path(target.card)) if target.card is not None else None
@@ -137,6 +141,8 @@ class HubOutlet:
         self._repo.user()
         self._published = self._repo.files() or {}
         stale_files(self._repo, self._published, OutputFolder(plan, self.work.out, job).files)
+        with TemporaryDirectory(prefix="omni-convert-") as folder:
+            self._check_contract(Path(folder), contract_values.RULES)
         prepare(self._repo, private=target.private, create_pr=target.create_pr)
         self._draft = self._repo.find_draft(self._mark)
         found = self._draft.files() if self._draft else self._published
@@ -154,6 +160,8 @@ class HubOutlet:
         self._check()
 
     def send(self, name: str, path: Path, record: FileRecord) -> None:
+        if name.endswith(".safetensors") and path.is_file():
+            keep_scales(path, self.work.stand_ins / name)
         if self.there.get(name) == record.sha256:
             path.unlink(missing_ok=True)
         elif name.endswith(".safetensors") or record.size > _LARGE:
@@ -169,6 +177,7 @@ class HubOutlet:
         self._stopped.set()
 
     def publish(self, folder: Path) -> None:
+        self._check_contract(self.work.stand_ins, [contract_values.CODES])
         upload = FolderUpload(folder, self._repo, self._card, self._target.base_model)
         changes = find_changes(upload, self._published)
         if all(change.state == "unchanged" for change in changes):
@@ -177,6 +186,21 @@ class HubOutlet:
         small = {name: folder / name for name in upload.first if (folder / name).is_file()}
         last = {**small, **upload.seals}
         self.publication = seal(upload, self._open(), last, changes, create_pr=self._target.create_pr)
+
+    def _check_contract(self, folder: Path, without: Collection[str]) -> None:
+        """Raises:
+        OmniConvertError: vLLM-Omni would not load the output, as far as what is laid out in ``folder`` tells.
+        """
+        if self._plan.recipe.target != "vllm-omni":
+            return
+        lay_out(self._plan, folder)
+        found = [f"{check.name}: {text}" for check in check_contract(folder, without) for text in check.problems]
+        if found:
+            raise OmniConvertError(
+                f"{self._repo.url}: nothing was published, since vLLM-Omni would not load the result as it is meant. "
+                f"{printable(found[0], 1000)} ({len(found)} in all.) Correct it, or convert for another engine "
+                "(--target)."
+            )
 
     def _check(self) -> None:
         if self._error is not None:

@@ -38,6 +38,11 @@ class Work:
         return self.path / "downloads"
 
     @property
+    def stand_ins(self) -> Path:
+        """Of weights that left the disk."""
+        return self.path / "stand-ins"
+
+    @property
     def _prefix(self) -> str:
         return f"{self.repo_id.replace('/', '--')}--"
 
@@ -89,7 +94,7 @@ def _remove_unused(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    for name in ("out", "downloads"):
+    for name in ("out", "downloads", "stand-ins"):
         shutil.rmtree(path / name, ignore_errors=True)
     with suppress(OSError):
         path.rmdir()

@@ -37,13 +37,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {f"transformer_blocks.{n}.{kind}.weight": random(WIDTH, WIDTH, seed=2 * n + i) for i, kind in enumerate(kinds)}
         for n in range(SHARDS)
     ]
-    write_sharded(folder / "transformer", blocks, QWEN_CONFIG)  # type: ignore[arg-type]
+    write_sharded(folder / "transformer", blocks, {"_class_name": "SomeTransformer2DModel"})  # type: ignore[arg-type]
     encoder = [{f"layers.{n}.weight": random(2 * WIDTH, WIDTH, seed=n)} for n in range(3)]
     write_sharded(folder / "text_encoder", encoder, {"architectures": ["SomeTextModel"]}, stem="model")  # type: ignore[arg-type]
     write_json(folder / "scheduler" / "scheduler_config.json", {"shift": 3.0})
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
-    index = {"_class_name": "QwenImagePipeline", "scheduler": ["diffusers", "Scheduler"]}
-    index |= {"transformer": ["diffusers", "QwenImageTransformer2DModel"], "text_encoder": ["transformers", "Some"]}
+    index = {"_class_name": "SomePipeline", "scheduler": ["diffusers", "Scheduler"]}
+    index |= {"transformer": ["diffusers", "SomeTransformer2DModel"], "text_encoder": ["transformers", "Some"]}
     write_json(folder / "model_index.json", index)
     return folder
 
@@ -119,7 +119,7 @@ def _bytes(folder: Path) -> int:
     for place, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):  # gone meanwhile
-                total += Path(place, name).lstat().st_size
+                total += Path(place, name).lstat().st_blocks * 512  # stand-ins are mostly holes
     return total
 
 
@@ -132,7 +132,7 @@ def test_from_hub_to_hub_on_little_disk(any_hub: HubServer, local: dict[str, byt
     assert status == 0, err
     assert out.splitlines()[-1] == f"written to        {any_hub.url}/{REPO}"
     check_published(any_hub, local)
-    assert SHARD < most <= 3 * SHARD + SHARD // 10
+    assert SHARD < most <= 3 * SHARD + SHARD // 5
     assert not list((home / "omni-convert").iterdir())
     card = published(any_hub, REPO)["README.md"].decode()
     commit = any_hub.store.repos["org/base"].commit("main").sha
