@@ -19,6 +19,7 @@ from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import hash_header
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, read_json
+from omni_convert.formats.text import recorded_db
 
 
 def manifest_bytes(
@@ -105,9 +106,9 @@ def _component(part: ComponentPlan, usual: Format, errors: Mapping[tuple[str, st
                 entry["format"] = format_label(decision.format)
             error = errors[part.component.name, tensor.layer]
             entry["dtype"] = tensor.source.spec.dtype
-            entry["sqnr_db"] = round(error.sqnr_db, 2) if math.isfinite(error.sqnr_db) else None
+            entry["sqnr_db"] = recorded_db(error.sqnr_db) if math.isfinite(error.sqnr_db) else None
             if error.shared_scale_db is not None:
-                entry["shared_scale_db"] = round(error.shared_scale_db, 2)
+                entry["shared_scale_db"] = recorded_db(error.shared_scale_db)
         tensors[tensor.name] = entry
     sizes = {
         "weights": sum(tensor.source.spec.numel for tensor in part.tensors()),

@@ -29,9 +29,14 @@ def finite(value: float) -> float | None:
     return round(value, 2) if math.isfinite(value) else None
 
 
+def recorded_db(value: float) -> float:
+    """As manifests hold it: what is told during a conversion and what is read from its output must agree."""
+    return round(value, 2)
+
+
 def mean_db(values: Iterable[float]) -> float:
-    """Mean over the layers that lost anything; infinite if none did."""
-    finite = [value for value in values if math.isfinite(value)]
+    """Mean over the layers that lost anything, as ``recorded_db`` has them; infinite if none did."""
+    finite = [recorded_db(value) for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.inf
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ _SHOWN = 6
 _DPI = 144
 
 
-def write_pictures(report: LayerReport, folder: Path) -> list[Path]:
-    """Write ``sqnr.png``, ``worst-layers.png`` and ``size-error.png`` into ``folder``, which is made if need be; those
-    for which there is nothing to show are left out.
+def write_pictures(report: LayerReport, folder: Path) -> Iterator[Path]:
+    """Write ``sqnr.png``, ``worst-layers.png`` and ``size-error.png`` into ``folder``, which is made if need be, and
+    name each that is there; those for which there is nothing to show are left out.
 
     Raises:
         OmniConvertError: Matplotlib is not installed.
+        OSError: a picture cannot be written.
     """
     try:
         import matplotlib
@@ -41,13 +42,11 @@ def write_pictures(report: LayerReport, folder: Path) -> list[Path]:
     }  # fmt: skip
     drawings = {"sqnr.png": _heat_maps, "worst-layers.png": _worst, "size-error.png": _curve}
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     with matplotlib.rc_context(style):
         for name, draw in drawings.items():
             if figure := draw(report):
                 figure.savefig(folder / name, dpi=_DPI, metadata={"Software": None})  # no version: the same bytes
-                written.append(folder / name)
-    return written
+                yield folder / name
 
 
 def _figure(width: float, height: float) -> Any:

@@ -17,6 +17,7 @@ from omni_convert.cli_compare import compare
 from omni_convert.cli_convert import convert
 from omni_convert.cli_hub import push
 from omni_convert.cli_look import inspect, models, verify
+from omni_convert.cli_output import WRITTEN
 from omni_convert.cli_quality import report
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
@@ -80,7 +81,8 @@ class _DefaultGroup(click.Group):
         except OmniConvertError as error:
             raise _Failure(str(error)) from error
         except KeyboardInterrupt as interrupt:
-            raise _Failure(f"Interrupted.{str(interrupt) or ' Nothing of this run is kept.'}") from None
+            kept = f" Nothing {'else ' if ctx.meta.get(WRITTEN) else ''}of this run is kept."
+            raise _Failure(f"Interrupted.{str(interrupt) or kept}") from None
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         bare = self.commands[self.default]

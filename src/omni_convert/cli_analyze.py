@@ -48,7 +48,8 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
     "--recipe-out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="With these two: write the choice as a recipe in YAML, to be read, edited and converted with (--recipe).",
+    help="With these two: write the choice as a recipe in YAML, to be read, edited and converted with (--recipe); "
+    "replaces a file.",
 )
 @click.option(
     "--layer", "layers", multiple=True, metavar="PATTERN=METHOD", help="As in a conversion: a layer's own method."
@@ -64,7 +65,9 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | None) -> in
 @click.option(
     "--memory", callback=_size, metavar="SIZE", help="Limit of the memory beyond libraries (default: 400MiB)."
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page; replaces a file."
+)
 @json_option
 def analyze(
     model: Path, methods: tuple[str, ...], auto_ignore: str | None, budget: str | None, recipe_out: Path | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from omni_convert.cli_output import check_place, json_option, print_result
+from omni_convert.cli_output import check_place, json_option, note_written, print_result
 from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.quality.gate import GATES
@@ -65,7 +65,9 @@ _FOLDER = click.Path(path_type=Path)
     help=f"{', '.join(GATES)}, or conditions such as 'psnr_db>=25,mae<=6'. Exit status 1 if a prompt misses one.",
 )
 @click.option("--trace-layers", is_flag=True, help="Also measure every quantized layer on real activations.")
-@click.option("--output-json", type=_FOLDER, metavar="FILE", help="Write the result there.")
+@click.option(
+    "--output-json", type=_FOLDER, metavar="FILE", help="Write the result; replaces a file, as do both below."
+)
 @click.option("--html", "page", type=_FOLDER, metavar="FILE", help="Write a page with the outputs.")
 @click.option("--save-output-dir", type=_FOLDER, metavar="FOLDER", help="Save images, frames or logits there.")
 @json_option
@@ -121,6 +123,7 @@ def _write(result: Comparison, output_json: Path | None, page: Path | None, fold
         try:
             if path:
                 write(path)
+                note_written(path)
         except OSError as error:
             failures.append(f"{option} {path} cannot be written ({error.strerror or error})")
     if failures:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import click
 from omni_convert.formats.errors import OmniConvertError, UsageError
 from omni_convert.formats.layout import MANIFEST_NAME
 
+WRITTEN = "omni_convert.written"
+"""In the meta of click's context: whether a result that the user asked for is there."""
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
@@ -49,13 +52,30 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OmniConvertError: the operating system refuses.
     """
-    try:
+    with writing(path):
         path.write_text(text, encoding="utf-8")
+    note_written(path)
+
+
+def note_written(path: Path) -> None:
+    """Say that a result is there, also to an interruption that comes later."""
+    click.echo(f"Wrote {path}", err=True)
+    click.get_current_context().meta[WRITTEN] = True
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For what writes ``path``, a file or into a folder.
+
+    Raises:
+        OmniConvertError: the operating system refuses.
+    """
+    try:
+        yield
     except OSError as error:
         raise OmniConvertError(
-            f"{path}: cannot be written ({error.strerror}). Check its rights and the disk."
+            f"{error.filename or path}: cannot be written ({error.strerror or error}). Check its rights and the disk."
         ) from error
-    click.echo(f"Wrote {path}", err=True)
 
 
 def print_result(result: str | dict[str, Any]) -> None:

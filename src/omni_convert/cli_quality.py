@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from omni_convert.cli_output import check_place, json_option, print_result, write_text
+from omni_convert.cli_output import check_place, json_option, note_written, print_result, write_text, writing
 
 
 @click.command(short_help="Show what quantization cost every layer, as a page, as data or as pictures.")
@@ -18,9 +18,14 @@ from omni_convert.cli_output import check_place, json_option, print_result, writ
     metavar="FILE",
     help="Show errors on real activations too: what compare --trace-layers --output-json wrote.",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page.")
 @click.option(
-    "--pictures", type=click.Path(path_type=Path), metavar="DIR", help="Write PNG pictures, as for a model card."
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", help="Write an HTML page; replaces a file."
+)
+@click.option(
+    "--pictures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write PNG pictures, as for a model card; replaces files.",
 )
 @json_option
 def report(
@@ -43,6 +48,7 @@ def report(
     if pictures:
         from omni_convert.quality.pictures import write_pictures
 
-        for path in write_pictures(found, pictures):
-            click.echo(f"Wrote {path}", err=True)
+        with writing(pictures):
+            for path in write_pictures(found, pictures):
+                note_written(path)
     print_result(found.to_dict() if as_json else found.to_text())

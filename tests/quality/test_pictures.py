@@ -30,7 +30,7 @@ def colours(path: Path) -> set[tuple[int, ...]]:
 
 
 def test_pictures(found: LayerReport, tmp_path: Path) -> None:
-    paths = write_pictures(found, tmp_path / "a")
+    paths = list(write_pictures(found, tmp_path / "a"))
     assert [path.name for path in paths] == ["sqnr.png", "worst-layers.png", "size-error.png"]
     again = write_pictures(found, tmp_path / "b")
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
@@ -43,11 +43,11 @@ def test_pictures(found: LayerReport, tmp_path: Path) -> None:
 def test_what_has_nothing_to_show_is_left_out(tmp_path: Path) -> None:
     source = write_weights(tmp_path / "model.safetensors", {"a.weight": to_bits(np.zeros((64, 64)))})
     done = omni_convert.convert(source, tmp_path / "out", method="int8")
-    assert write_pictures(report(done.out), tmp_path / "pictures") == []
+    assert not list(write_pictures(report(done.out), tmp_path / "pictures"))
 
 
 def test_matplotlib_is_asked_for(found: LayerReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(OmniConvertError, match=r"pip install 'omni-convert\[report\]'"):
-        write_pictures(found, tmp_path / "pictures")
+        next(write_pictures(found, tmp_path / "pictures"))
     assert not (tmp_path / "pictures").exists()

@@ -66,6 +66,7 @@ def test_manifest_and_codes_alone(run: tuple[Path, Report], tmp_path: Path) -> N
     alone, whole = report(done.out), report(done.out, run=done)
     assert alone.statistics == {} and "needs" not in alone.origin and "need --source" in alone.origin
     assert alone.conversion == whole.conversion and alone.curve == whole.curve
+    assert alone.mean_sqnr_db == done.mean_sqnr_db
     assert alone.seconds is None and whole.seconds == done.seconds
     for few, all_ in zip(alone.details, whole.details, strict=True):
         assert few.statistics is None and all_.statistics

@@ -18,6 +18,7 @@ from PIL import Image
 
 import omni_convert
 from omni_convert.cli import main
+from omni_convert.quality import pictures
 from omni_convert.quality.report import LayerReport, report
 
 if TYPE_CHECKING:
@@ -166,9 +167,7 @@ def test_more_blocks_than_pixels(browser: Browser, deep: LayerReport, viewport: 
 
 
 def test_picture_of_more_blocks_than_pixels(deep: LayerReport, tmp_path: Path) -> None:
-    from omni_convert.quality.pictures import write_pictures
-
-    assert shares(write_pictures(deep, tmp_path / "pictures")[0]) > 0.3
+    assert shares(next(pictures.write_pictures(deep, tmp_path / "pictures"))) > 0.3
 
 
 def test_names_that_want_to_be_more(browser: Browser, tmp_path: Path) -> None:
@@ -204,8 +203,9 @@ def test_conversion_writes_the_page(browser: Browser, qwen_image: Path, tmp_path
 
 def test_command(found: LayerReport, minilm: Path, tmp_path: Path) -> None:
     out = str(found.conversion.path)
-    page, pictures = tmp_path / "report.html", tmp_path / "pictures"
-    command = ["report", out, "--source", str(minilm), "-o", str(page), "--pictures", str(pictures), "--json"]
+    page = tmp_path / "report.html"
+    places = ["-o", str(page), "--pictures", str(tmp_path / "pictures")]
+    command = ["report", out, "--source", str(minilm), *places, "--json"]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
@@ -272,9 +272,36 @@ def test_a_page_that_is_interrupted_leaves_the_conversion(
     assert omni_convert.verify(tmp_path / "out").ok
 
 
-def test_what_the_system_refuses_is_one_paragraph(found: LayerReport) -> None:
-    result = CliRunner().invoke(main, ["report", str(found.conversion.path), "-o", "/proc/x.html"])
-    assert result.exit_code == 1 and "/proc/x.html: cannot be written" in result.output
+@pytest.mark.parametrize("option", ["-o", "--pictures"])
+def test_what_the_system_refuses_is_one_paragraph(option: str, found: LayerReport) -> None:
+    result = CliRunner().invoke(main, ["report", str(found.conversion.path), option, "/proc/x"])
+    assert result.exit_code == 1 and result.stderr.startswith("Error: /proc/x: cannot be written (No such file")
+
+
+def test_a_full_disk_leaves_the_pictures_before(found: LayerReport, tmp_path: Path) -> None:
+    (tmp_path / "size-error.png").symlink_to("/dev/full")
+    result = CliRunner().invoke(main, ["report", str(found.conversion.path), "--pictures", str(tmp_path)])
+    assert result.exit_code == 1 and f"{tmp_path}: cannot be written (No space left" in result.stderr
+    assert f"Wrote {tmp_path / 'sqnr.png'}" in result.stderr and Image.open(tmp_path / "worst-layers.png").width
+
+
+def test_an_interruption_tells_what_is_kept(
+    found: LayerReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: LayerReport) -> str:
+        raise KeyboardInterrupt
+
+    page = tmp_path / "report.html"
+    command = ["report", str(found.conversion.path), "-o", str(page), "--pictures", str(tmp_path / "pictures")]
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "_heat_maps", interrupt)
+        result = CliRunner().invoke(main, command)
+    assert result.stderr.endswith(f"Wrote {page}\nError: Interrupted. Nothing else of this run is kept.\n")
+    assert result.exit_code == 1 and page.read_text() == report(found.conversion.path).to_html()
+    page.unlink()
+    monkeypatch.setattr(LayerReport, "to_html", interrupt)
+    result = CliRunner().invoke(main, command)
+    assert result.stderr.endswith("Error: Interrupted. Nothing of this run is kept.\n") and not page.exists()
 
 
 def test_a_dry_run_has_no_report(minilm: Path, tmp_path: Path) -> None:
