@@ -15,6 +15,7 @@ from typing import Any
 from omni_convert.converter.hashes import PIECE_BYTES, file_sha256
 from omni_convert.converter.hub_errors import GivenUpError, explained, retrying
 from omni_convert.converter.hub_repo import Listing, RemoteFile, cache_folder
+from omni_convert.converter.hub_resume import comes_by_http, go_on
 from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError, SourceError
 from omni_convert.formats.header import hash_header
@@ -81,12 +82,20 @@ class Downloads:
 
     def missing(self, names: Iterable[str]) -> int:
         """Bytes of these files that would be downloaded."""
-        blobs = cache_folder(self.listing.repo) / "blobs"
-        files = {file.etag or name: file for name, file in self._files(names) if not self.cached(name)}
-        return sum(file.size for etag, file in files.items() if not (blobs / etag).is_file())
+        return sum(file.size - _size(self._part(file)) for file in self._lacking(names))
 
-    def _files(self, names: Iterable[str]) -> Iterator[tuple[str, RemoteFile]]:
-        return ((name, self.listing.files[name]) for name in names)
+    def _lacking(self, names: Iterable[str]) -> list[RemoteFile]:
+        """Those of these files that are not in the Hub cache, under any name."""
+        blobs = cache_folder(self.listing.repo) / "blobs"
+        files = {self.listing.files[name].etag or name: name for name in names}
+        lacking = [name for etag, name in files.items() if not self.cached(name) and not (blobs / etag).is_file()]
+        return [self.listing.files[name] for name in lacking]
+
+    def _part(self, file: RemoteFile) -> Path:
+        """Where a large file grows that comes by plain HTTP."""
+        if self.scratch:
+            return self.scratch / ".cache" / "omni-convert" / f"{file.etag}"
+        return cache_folder(self.listing.repo) / "blobs" / f"{file.etag}.omni-convert.incomplete"
 
     def claim(self, disk: Path, names: Iterable[str]) -> int:
         """Bytes that downloads take of the disk on which the folder ``disk`` lies.
@@ -97,7 +106,9 @@ class Downloads:
         names = list(names)
         needed = self.missing(names)
         if self.scratch:  # one is read, one comes; another may wait for its end
-            needed = min(needed, 3 * max((self.listing.files[name].size for name in names), default=0))
+            sizes = [file.size for file in self._lacking(names)]
+            needed = min(sum(sizes), 3 * max(sizes, default=0))
+            needed = max(0, needed - sum(map(_size, self.scratch.rglob("*"))))  # each serves, or goes
         home = self.scratch or cache_folder(self.listing.repo)
         parent = next(folder for folder in (home, *home.parents) if folder.exists())
         if parent.stat().st_dev == disk.stat().st_dev:
@@ -128,13 +139,14 @@ class Downloads:
                 self._stop.clear()
 
     def _clear_scratch(self) -> None:
-        """Remove what a run that was killed left there: parts of files, which nobody goes on with, and whole ones
-        that are not needed any more."""
+        """Remove what a run that was killed left there and nobody goes on with: parts of files that come by Xet, and
+        whole or growing ones that are not needed any more."""
         if self.scratch is None:
             return
-        for path in [item for item in self.scratch.rglob("*") if item.is_file()]:
+        parts = {self._part(self.listing.files[name]) for name in self._order}
+        for path in [item for item in self.scratch.rglob("*") if item.is_file() and item not in parts]:
             name = path.relative_to(self.scratch).as_posix()
-            is_notes = name.startswith(".cache/")
+            is_notes = name.startswith(".cache/huggingface/")
             if name.endswith(".incomplete") if is_notes else name not in self._order:
                 path.unlink()
 
@@ -220,6 +232,9 @@ class Downloads:
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download
 
+        whole = self._grown(name)
+        if whole and self.scratch:
+            return whole
         bar = _counter(self._progress, self._stop)
         try:
             found = hf_hub_download(
@@ -236,6 +251,17 @@ class Downloads:
             raise
         return Path(found)
 
+    def _grown(self, name: str) -> Path | None:
+        """A large file that came by plain HTTP, now or before this run; None if it has to come otherwise."""
+        file = self.listing.files[name]
+        whole = self.scratch / name if self.scratch else cache_folder(self.listing.repo) / "blobs" / f"{file.etag}"
+        if whole.is_file() and whole.stat().st_size == file.size:
+            return whole
+        if whole.exists() or not comes_by_http(self.listing, name):
+            return None
+        done = go_on(self.listing, name, self._part(file), whole, self._progress, self._stop)
+        return whole if done else None
+
     def _check_hash(self, name: str, path: Path) -> None:
         """Raises:
         SourceError: what came is not what the Hub said of this commit.
@@ -251,6 +277,10 @@ class Downloads:
             f"{self.listing}: {name} came with the hash {found}, expected {file.etag}: it was changed or damaged on "
             "its way here, and was removed. Run again."
         )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _hash(path: Path, file: RemoteFile, stop: Event) -> str:

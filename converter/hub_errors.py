@@ -38,7 +38,7 @@ def retrying(action: Callable[[], _T], stopped: Callable[[float], object] = time
         try:
             return action()
         except Exception as error:
-            if wait is None or not _may_pass(error):
+            if wait is None or not may_pass(error):
                 raise
             wait = min(max(wait, _asked_wait(error)), _LONGEST_WAIT)
             _log.warning("The Hub: %s. Trying again in %.0f s.", _what(error), wait)
@@ -89,7 +89,7 @@ def _explanation(error: Exception, repo: Repo, here: str) -> str | None:
         return _status_explanation(error.response.status_code, page)
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return None  # of the disk: it has a file name and a reason
-    if _may_pass(error):
+    if may_pass(error):
         return (
             f"{here}the connection to {constants.ENDPOINT} failed ({_what(error)}), again and again. Check the "
             "network, then run again; HF_HUB_OFFLINE=1 does without, if the Hub cache holds all of it."
@@ -123,7 +123,8 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
+    """Whether the same request may succeed a while later."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     error = _cause(error)

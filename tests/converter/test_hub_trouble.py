@@ -6,16 +6,20 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from hub_cli import Cli, contents
 from hub_server import OTHER, TOKEN, Fault, HubServer
+from publishing import published, weights_of
 from signals import default_signals
 
 import omni_convert
 
+_T = TypeVar("_T")
 SHARD = "diffusion_pytorch_model-00002-of-00004.safetensors"
 IMPATIENT = "from omni_convert.converter import hub_errors; hub_errors.WAITS[:] = [0.1]"
 """Before a run: two tries, and no long wait for the second."""
@@ -91,18 +95,31 @@ def test_the_server_dies_in_the_middle(qwen: HubServer, cli: Cli, fp8_output: Pa
     assert not any("00001-of-00004" in path and "transformer" in path for path in again)
 
 
-def test_killed_in_the_middle(qwen: HubServer, cli: Cli, fp8_output: Path) -> None:
+@pytest.mark.parametrize("to_hub", [False, True])
+def test_killed_in_the_middle(qwen: HubServer, cli: Cli, fp8_output: Path, to_hub: bool) -> None:
+    """The download goes on at the byte that came last, also from repository to repository."""
     qwen.faults += [Fault(f"cdn.*{SHARD}"), Fault(f"cdn.*{SHARD}", slow=0.3)]
-    command = cli.command("--method", "fp8", "org/qwen", "out")
-    process = subprocess.Popen(command, env=cli.environment(), cwd=cli.folder)
-    first = cli.folder / "out" / "transformer" / SHARD.replace("00002", "00001")
-    _wait_for(first.exists)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    arguments = ("--method", "fp8", "org/qwen", "hub:me/out" if to_hub else "out")
+    with subprocess.Popen(cli.command(*arguments), env=cli.environment(), cwd=cli.folder) as process:
+        part = _wait_for(lambda: [path for path in cli.home.rglob(_digest(qwen) + "*") if path.stat().st_size])[0]
+        process.send_signal(signal.SIGKILL)
+    held, size = part.stat().st_size, qwen.store.repos["org/qwen"].commit("main").files[f"transformer/{SHARD}"].size
+    assert 0 < held < size
     assert SHARD not in cli.cached(), "it was killed while this file came"
-    assert not (cli.folder / "out" / "model_index.json").exists()
-    cli.succeeds("--method", "fp8", "org/qwen", "out", "--resume")
-    assert same(cli.folder / "out", fp8_output)
+    before = len(qwen.requests)
+    cli.succeeds(*arguments, "--resume")
+    asked = [request for request in qwen.requests[before:] if SHARD in request.path and request.sent]
+    assert [request.sent for request in asked if request.range == f"bytes={held}-"] == [size - held]
+    assert sum(request.sent for request in asked if request.range != "bytes=0-65535") == size - held
+    if to_hub:
+        assert weights_of(published(qwen, "me/out")) == weights_of(contents(fp8_output))
+    else:
+        assert same(cli.folder / "out", fp8_output)
+    assert not part.exists()
+
+
+def _digest(hub: HubServer) -> str:
+    return str(hub.store.repos["org/qwen"].commit("main").files[f"transformer/{SHARD}"].sha256)
 
 
 def test_an_interrupt_does_not_wait_for_the_download(qwen: HubServer, cli: Cli) -> None:
@@ -123,11 +140,12 @@ def test_an_interrupt_does_not_wait_for_the_download(qwen: HubServer, cli: Cli) 
     assert "Traceback" not in found
 
 
-def _wait_for(condition: object) -> None:
+def _wait_for(condition: Callable[[], _T]) -> _T:
     end = time.monotonic() + 60
-    while not condition():  # type: ignore[operator]
+    while not (found := condition()):
         assert time.monotonic() < end
         time.sleep(0.01)
+    return found
 
 
 @pytest.mark.parametrize(

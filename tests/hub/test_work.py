@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hostile.small import QWEN_CONFIG, qwen_shards, write_sharded
@@ -85,6 +87,23 @@ def test_what_a_kill_leaves_of_downloads_is_removed(
     assert place.is_dir()
     assert not rest.exists()
     assert not uploaded.exists()
+
+
+def test_what_a_kill_leaves_counts_as_free(
+    hub: HubServer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever lies among the downloads serves the next run, or is removed by it."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0))
+    needed = []
+    for _ in range(2):
+        with pytest.raises(OmniConvertError, match=r"^.*/out: the output and the downloads take \d+ bytes") as error:
+            convert_to_hub("org/base", REPO, method="int8", work=tmp_path)
+        out, _, said = str(error.value).partition(": ")
+        needed.append(int(re.findall(r"take (\d+) bytes", said)[0]))
+        rest = Path(out).with_name("downloads") / ".cache" / "huggingface" / "download" / "x.4f1c.incomplete"
+        rest.parent.mkdir(parents=True, exist_ok=True)
+        rest.write_bytes(bytes(1000))
+    assert needed[0] - needed[1] == 1000
 
 
 def test_other_unfinished_work_is_named_first(
