@@ -147,6 +147,10 @@ class Format(Protocol):
         """float32 (n, K) from some rows of the stored tensors, in ``out`` if given: the same values as
         ``dequantize``."""
 
+    def compiled_values(self, tensors: Mapping[str, NDArray[Any]], out: NDArray[Any] | None) -> NDArray[Any]:
+        """``dequantize_rows`` by the compiled kernel, or an error where numba does not work. In ``out`` of uint16 the
+        values are BF16 patterns, rounded once."""
+
     def tolerance(self, tensors: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """The largest error that this format may leave in every weight, broadcastable to (n, K): half the distance
         between neighbouring codes, and what saturation cuts off where the format allows it."""

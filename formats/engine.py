@@ -151,10 +151,8 @@ class Rows:
         """``Format.quantize_rows`` by compiled kernels."""
         raise NotImplementedError
 
-    def compiled_values(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
-        """``Format.dequantize_rows`` by compiled kernels."""
+    def compiled_values(self, tensors: Mapping[str, NDArray[Any]], out: NDArray[Any] | None) -> NDArray[Any]:
+        """See ``Format``."""
         raise NotImplementedError
 
     def quantize_rows(

@@ -203,9 +203,7 @@ class Fp8(Rows):
         row = self._scaled_rows(stored, codes, out[self._scale_suffix], power)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def compiled_values(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
+    def compiled_values(self, tensors: Mapping[str, NDArray[Any]], out: NDArray[Any] | None) -> NDArray[Any]:
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels

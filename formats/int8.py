@@ -162,9 +162,7 @@ class Int8(Rows):
                 row = kernels.int8_codes(stored, codes, scale, power, int(self._qmin))
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def compiled_values(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
+    def compiled_values(self, tensors: Mapping[str, NDArray[Any]], out: NDArray[Any] | None) -> NDArray[Any]:
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels

@@ -126,9 +126,7 @@ class Mx(Rows):
             row = mx_kernels.mx_rows(stored, out["weight"], scale, power, self._element, rule)
         return None if row < 0 else NonFinite(row, first_nonfinite(bits[row], dtype))
 
-    def compiled_values(
-        self, tensors: Mapping[str, NDArray[Any]], out: NDArray[np.float32] | None
-    ) -> NDArray[np.float32]:
+    def compiled_values(self, tensors: Mapping[str, NDArray[Any]], out: NDArray[Any] | None) -> NDArray[Any]:
         import numpy as np
 
         from omni_convert.formats import dequantize_kernels

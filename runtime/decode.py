@@ -5,8 +5,9 @@
 Activations stay as they are: an ``input_scale`` is loaded and saved, but not used, and ``mul_scale``, which engines
 multiply activations by, is multiplied into the weight, where it costs no rounding of its own.
 
-PyTorch casts e4m3 one element at a time. A table of all pairs of codes is an order of magnitude faster: one index of
-16 bits fetches two float32. The buffers are small enough for a processor's caches, and for the allocator to reuse.
+On the CPU the compiled kernels of ``formats`` decode, elsewhere, and where numba does not work, PyTorch. It casts e4m3
+one element at a time; a table of all pairs of codes is an order of magnitude faster: one index of 16 bits fetches two
+float32. The buffers are small enough for a processor's caches, and for the allocator to reuse.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from omni_convert.formats.base import Format, row_slice
+from omni_convert.formats.engine import first_working
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.microscaling import BLOCK, power_of_two
 from omni_convert.formats.mxfp4_dualscale import GROUP
+from omni_convert.runtime.threads import in_threads
+
+Array = TypeVar("Array", Tensor, NDArray[Any])
 
 BUFFER = 1 << 22
 """Decoded weights that exist at a time, if a scale does not span more."""
 CHUNK = 1 << 19
-"""Of those, how many are float32 at a time: 2 MiB."""
+"""Of those that PyTorch decodes, how many are float32 at a time: 2 MiB."""
 ROWS = 64
 """Matrix products are cut at multiples of it."""
 
@@ -45,13 +52,46 @@ def decoded_linear(
     out = x.new_empty(len(x), rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        weight = decode(fmt, some_rows(fmt, tensors, start, stop), buffer[: stop - start])
-        out[:, start:stop] = torch.nn.functional.linear(x, weight, None if bias is None else bias[start:stop])
+        weight = decode(fmt, some_rows(fmt, tensors, start, stop), buffer[: stop - start]).t()
+        if bias is None:
+            torch.mm(x, weight, out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, weight, out=out[:, start:stop])
     return out
 
 
 def decode(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> Tensor:
-    """``out`` (n, K), bf16, fp16 or fp32, filled with the values of ``fmt.dequantize``, each rounded once."""
+    """``out`` (n, K), bf16, fp16 or fp32, contiguous: filled with the values of ``fmt.dequantize``, rounded once."""
+    if out.device.type == "cpu":
+        first_working(lambda: _run_kernel(fmt, tensors, out), lambda: _run_tables(fmt, tensors, out))
+    else:
+        _run_tables(fmt, tensors, out)
+    return out
+
+
+def _run_kernel(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> None:
+    """With the compiled kernel, which rounds to BF16 itself, in threads."""
+    is_half = out.dtype == torch.float16
+    target = torch.empty(out.shape) if is_half else out
+    values = _array(target)
+    arrays = {suffix: _array(tensor.detach()) for suffix, tensor in tensors.items()}
+
+    def some(start: int, stop: int) -> None:
+        fmt.compiled_values(some_rows(fmt, arrays, start, stop), values[start:stop])
+
+    in_threads(some, (values.shape[0], values.shape[1]), fmt.rows_per_scale)
+    if is_half:
+        out.copy_(target)
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    """As kernels take it, in the same memory: e4m3 as its bytes, BF16 as its patterns."""
+    views = {torch.float8_e4m3fn: torch.uint8, torch.bfloat16: torch.uint16}
+    return tensor.view(views.get(tensor.dtype, tensor.dtype)).numpy()
+
+
+def _run_tables(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> None:
+    """With PyTorch alone, on any device."""
     rows, columns = out.shape
     step = min(rows, _multiple(CHUNK // columns, fmt.rows_per_scale))
     values = torch.empty(step, columns, dtype=torch.float32, device=out.device)
@@ -62,10 +102,9 @@ def decode(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> Tensor:
         _look_up(part["weight"], chunk)
         _multiply_scales(fmt, part, chunk)
         out[start:stop] = chunk
-    return out
 
 
-def some_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+def some_rows(fmt: Format, tensors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
     """The tensors of rows ``start`` to ``stop`` of a weight; ``start``: a multiple of ``fmt.rows_per_scale``."""
     parts = {suffix: tensor[row_slice(fmt, start, stop)] for suffix, tensor in tensors.items()}
     return parts | {"weight": tensors["weight"][start:stop]} | {name: tensors[name] for name in fmt.whole_suffixes}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from omni_convert.formats.bits import NUMPY_DTYPE, OUTPUT_DTYPE, nonfinite_place
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.engine import row_maxima
 from omni_convert.formats.errors import OmniConvertError, printable
+from omni_convert.runtime.threads import in_threads
 
 _STORED = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _NOT_FINITE = (
     "the weight holds NaN or Inf {place}, expected finite values. The checkpoint is damaged: download it again, or "
     "leave this layer as it is (ignore)."
 )
-_SMALL = 1 << 18
-"""Weights that one thread quantizes sooner than several begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,24 +138,11 @@ def quantize_weight(weight: Tensor, fmt: Format, facts: Facts) -> dict[str, Tens
         if bad is not None:
             raise OmniConvertError(_NOT_FINITE.format(place=f"at row {start + bad.row}, column {bad.column}"))
 
-    _in_threads(some_rows, shape, fmt.rows_per_scale)
+    in_threads(some_rows, shape, fmt.rows_per_scale)
     tensors = {suffix: torch.from_numpy(array) for suffix, array in arrays.items()}
     if specs["weight"].dtype == "F8_E4M3":
         tensors["weight"] = tensors["weight"].view(torch.float8_e4m3fn)
     return tensors
-
-
-def _in_threads(work: Callable[[int, int], None], shape: tuple[int, int], together: int) -> None:
-    """``work(start, stop)`` for all rows; rows that share scales stay together."""
-    rows, columns = shape
-    count = 1 if rows * columns <= _SMALL else torch.get_num_threads()
-    step = -(-rows // (count * together)) * together
-    if step >= rows:
-        work(0, rows)
-        return
-    with ThreadPoolExecutor(count) as pool:
-        for done in [pool.submit(work, start, min(start + step, rows)) for start in range(0, rows, step)]:
-            done.result()
 
 
 def _bits(weight: Tensor) -> NDArray[Any]:

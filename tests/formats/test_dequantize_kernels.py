@@ -81,6 +81,19 @@ def test_fp8_blocks(columns: int, width: int) -> None:
     assert same_numbers(out, mx.E4M3_VALUES[codes] * np.repeat(scale, width)[:columns])
 
 
+def test_bfloat16_is_rounded_once() -> None:
+    """Values at, below and above every tie, those that round to infinity, subnormals and NaN."""
+    ties = (np.arange(1 << 16, dtype=np.uint32) << 16) + np.array([[0], [0x7FFF], [0x8000], [0x8001]], np.uint32)
+    scale = ties.reshape(-1).view(np.float32)
+    out = np.empty((len(scale), 32), np.uint16)
+    dequantize_kernels.int8_values(np.ones(out.shape, np.int8), scale[:, None], out)
+    expected = torch.from_numpy(scale).to(torch.bfloat16).unsqueeze(1).expand(-1, 32)
+    found = torch.from_numpy(out).view(torch.bfloat16)
+    numbers = ~expected.isnan()
+    assert torch.equal(found.isnan(), ~numbers)
+    assert torch.equal(found[numbers].view(torch.int16), expected[numbers].view(torch.int16))
+
+
 @pytest.mark.parametrize("name", ["int8", "mxfp8", "mxfp4_dualscale"])
 def test_values_go_where_they_are_wanted(name: str) -> None:
     fmt = FORMATS[name]

@@ -123,7 +123,7 @@ def test_rows_in_threads_are_rows_at_once(kind: str, monkeypatch: pytest.MonkeyP
     fmt = omni_convert.formats.make_format(**CHOICES[kind])  # type: ignore[attr-defined]
     weight = torch.randn(77, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = fmt.quantize(weight, Facts(amax=float(weight.abs().max())))
-    monkeypatch.setattr("omni_convert.runtime.online._SMALL", 0)
+    monkeypatch.setattr("omni_convert.runtime.threads.SMALL", 0)
     for count in (1, 3, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         for given in (weight, weight.t().contiguous().t()):
