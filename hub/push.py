@@ -97,7 +97,7 @@ def target_repository(repo_id: str, base_model: str | None, source: str | None =
     Raises:
         UsageError: no name of a repository, or the one that is converted.
     """
-    repo, base = Repository(repo_id), None if base_model is None else parse_repo_id(base_model, "--base-model: ")
+    repo, base = Repository(repo_id), None if base_model is None else parse_repo_id(base_model, is_base=True)
     _check_other(repo, base, source)
     return repo
 

@@ -40,8 +40,8 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def parse_repo_id(text: str, what: str = "") -> str:
-    """``org/name``, checked. ``what``: before the message, as in "--base-model: ".
+def parse_repo_id(text: str, *, is_base: bool = False) -> str:
+    """``org/name``, checked. ``is_base``: of a model that was converted; old ones, as ``gpt2``, have no org.
 
     Raises:
         UsageError: not the name of a model repository.
@@ -50,10 +50,10 @@ def parse_repo_id(text: str, what: str = "") -> str:
     from huggingface_hub.utils import validate_repo_id
 
     wrong = UsageError(
-        f"{what}{printable(text)!r} is no name of a model repository, expected ORGANIZATION/NAME or YOU/NAME, of "
-        "letters, digits, '-', '_' and '.'."
+        f"{'--base-model: ' if is_base else ''}{printable(text)!r} is no name of a model repository, expected "
+        f"{'ORGANIZATION/NAME' if is_base else 'ORGANIZATION/NAME or YOU/NAME'}, of letters, digits, '-', '_' and '.'."
     )
-    if text.count("/") != 1:
+    if text.count("/") != 1 and not (is_base and "/" not in text):
         raise wrong
     try:
         validate_repo_id(text)
@@ -228,6 +228,12 @@ class Draft:
             lambda: self.repo.api.change_discussion_status(self.repo.id, self.number, "open"), "cannot be opened"
         )
 
+    def close(self, comment: str, doing: str) -> None:
+        """``doing``: for the message if that fails."""
+        self.repo._try(
+            lambda: self.repo.api.change_discussion_status(self.repo.id, self.number, "closed", comment=comment), doing
+        )
+
     def merge(self, names: Sequence[str]) -> None:
         """Publish everything at once; no error if that has happened already.
 
@@ -269,10 +275,8 @@ class Draft:
         Raises:
             HubError: always.
         """
-        self.repo._try(
-            lambda: self.repo.api.change_discussion_status(
-                self.repo.id, self.number, "closed", comment="Superseded: main changed meanwhile."
-            ),
+        self.close(
+            "Superseded: main changed meanwhile.",
             f"main changed meanwhile, so {self.url} must be closed before you run again, and cannot be",
         )
         raise HubError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,19 +131,20 @@ class HubOutlet:
         self._card = check_card(Path(target.card)) if target.card is not None else None
         hub = plan.checkpoint.hub
         self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
-        self._mark = f"(omni-convert {self.work.identity})"
+        self._mark = _mark(self.work.identity)
         methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
         self._title = (
             target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.root.name}"
         )
         self._progress = progress
-        self.work.check(resume=means.resume, overwrite=means.overwrite)
+        removed = self.work.check(resume=means.resume, overwrite=means.overwrite)
         self._repo.user()
         self._published = self._repo.files() or {}
         stale_files(self._repo, self._published, OutputFolder(plan, self.work.out, job).files)
         with TemporaryDirectory(prefix="omni-convert-") as folder:
             self._check_contract(Path(folder), contract_values.RULES)
         prepare(self._repo, private=target.private, create_pr=target.create_pr)
+        self._close_drafts(removed)
         self._draft = self._repo.find_draft(self._mark)
         found = self._draft.files() if self._draft else self._published
         self.there: Mapping[str, str] = {name: file.sha256 for name, file in found.items() if file.sha256}
@@ -186,6 +187,14 @@ class HubOutlet:
         small = {name: folder / name for name in upload.first if (folder / name).is_file()}
         last = {**small, **upload.seals}
         self.publication = seal(upload, self._open(), last, changes, create_pr=self._target.create_pr)
+
+    def _close_drafts(self, identities: Iterable[str]) -> None:
+        """Of work that nobody goes on with."""
+        for identity in identities:
+            if draft := self._repo.find_draft(_mark(identity)):
+                draft.close("Another conversion was begun with --overwrite.", f"{draft.url} cannot be closed")
+                if self._progress:
+                    _tell(f"closed {draft.url}, which another job had begun")
 
     def _check_contract(self, folder: Path, without: Collection[str]) -> None:
         """Raises:
@@ -238,6 +247,11 @@ class HubOutlet:
         path.unlink(missing_ok=True)
         if self._progress:
             _tell(f"uploaded {name} ({format_bytes(record.size)})")
+
+
+def _mark(identity: str) -> str:
+    """What the title of a job's pull request ends with."""
+    return f"(omni-convert {identity})"
 
 
 @contextmanager

@@ -46,18 +46,20 @@ class Work:
     def _prefix(self) -> str:
         return f"{self.repo_id.replace('/', '--')}--"
 
-    def check(self, *, resume: bool, overwrite: bool) -> None:
-        """Have no other unfinished work for this repository; ``overwrite`` removes it.
+    def check(self, *, resume: bool, overwrite: bool) -> list[str]:
+        """Have no other unfinished work for this repository; ``overwrite`` removes it. Returns its identities.
 
         Raises:
             OmniConvertError: there is some, and it is kept or in use; or nothing to ``resume``.
         """
         if resume and not (self.out / MARKER_NAME).is_file():
             raise UsageError(f"--resume: {self.path} holds nothing to go on with. Begin without --resume.")
-        for other in self._others():
+        others = self._others()
+        for other in others:
             if not overwrite:
                 raise self._unfinished(other)
             _remove_unused(other)
+        return [other.name.removeprefix(self._prefix) for other in others]
 
     def remove(self) -> None:
         """What the run made; the folder too, unless somebody keeps other files there."""

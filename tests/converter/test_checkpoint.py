@@ -18,6 +18,7 @@ from hostile.small import (
 )
 
 from omni_convert.converter.checkpoint import find_components, open_checkpoint
+from omni_convert.converter.hub_source import open_source
 from omni_convert.formats.errors import OmniConvertError, UsageError
 
 
@@ -222,3 +223,12 @@ def test_unfinished_output_is_no_source(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     (model / ".omni_convert.partial").touch()
     refused(model, model, "unfinished")
+
+
+def test_a_name_alone_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the Hub's model of that name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OmniConvertError, match=r"gpt2: found nothing there, .* without ORGANIZATION, such as gpt2, is"):
+        open_source("gpt2")
+    write_model(tmp_path / "gpt2")
+    assert open_source("gpt2").root == tmp_path / "gpt2"

@@ -100,7 +100,7 @@ def test_what_everybody_sees_is_not_private(here: HubServer, source: Path, out: 
     assert "model_index.json" in published(here, REPO)
 
 
-@pytest.mark.parametrize("name", ["https://huggingface.co/org/base", "a/b/c", "org/base@main", "[x](y/z)", "base"])
+@pytest.mark.parametrize("name", ["https://x.example/org/base", "a/b/c", "org/base@main", "[x](y/z)", "base model"])
 def test_base_models_that_are_none(here: HubServer, source: Path, out: Path, name: str) -> None:
     for publish in (
         lambda: push(out, REPO, base_model=name),
@@ -109,6 +109,13 @@ def test_base_models_that_are_none(here: HubServer, source: Path, out: Path, nam
         with pytest.raises(UsageError, match=r"--base-model: .* is no name of a model repository"):
             publish()
     assert here.requests == []
+
+
+def test_a_base_model_of_the_first_days_has_no_organization(here: HubServer, out: Path) -> None:
+    push(out, REPO, base_model="gpt2")
+    assert b"\nbase_model: gpt2\n" in published(here, REPO)["README.md"]
+    with pytest.raises(UsageError, match="'gpt2' is no name of a model repository, expected ORGANIZATION/NAME or YOU"):
+        push(out, "gpt2")
 
 
 def test_a_commit_is_told_of_its_own_repository(here: HubServer, source: Path) -> None:

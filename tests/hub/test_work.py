@@ -129,6 +129,8 @@ def test_overwrite_removes_the_other_work(hub: HubServer, home: Path, crash: Cal
     place = crash(method="fp8")
     status, _, err = command(hub, home, "--method", "int8", "--overwrite", "org/base", f"hub:{REPO}")
     assert status == 0, err
+    assert f"closed {hub.url}/{REPO}/discussions/1, which another job had begun" in err
+    assert [pull.status for pull in hub.store.repos[REPO].discussions] == ["closed", "merged"]
     assert not place.exists()
     assert not list((home / "omni-convert").iterdir())
 
