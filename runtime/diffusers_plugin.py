@@ -25,7 +25,7 @@ from omni_convert.runtime.linear import QuantizedLinear
 from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import QUANTIZING
 from omni_convert.runtime.operator import HELD, as_codes
-from omni_convert.runtime.parallel import LOADING, Split, local_tensors, split_linears
+from omni_convert.runtime.parallel import LOADING, Split, diffusers_splits, local_tensors, split_linears
 from omni_convert.runtime.replace import check_converted, check_loaded, check_names, check_shapes, fill, replace_linears
 
 
@@ -93,7 +93,8 @@ class OmniConvertQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         self._replaced = replace_linears(model, tensors, config, online=self._online)
         check_shapes(model, {name: spec.shape for name, spec in tensors.items()})
         if self._rank:
-            self._splits = split_linears(model, self._rank)
+            self._splits = diffusers_splits(model, self._rank)
+            split_linears(model, self._splits, self._rank)
             self.pre_quantized = True  # or Diffusers would not ask ``check_quantized_param_shape``
         return model
 

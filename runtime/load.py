@@ -56,19 +56,16 @@ def load(
     target = parse_device(device)
     for fmt in {fmt for part in (online or {}).values() for fmt in part.config.formats}:
         check_format(fmt, device_of(target))
-    tokens = LOADING.set(rank and replace(rank, device=target.type)), OPENED.set({})
+    is_pipeline = (folder / PIPELINE_INDEX).is_file()
+    rank = rank and replace(rank, device=target.type, in_pipeline=is_pipeline)
+    tokens = LOADING.set(rank), OPENED.set({})
     try:
-        if (folder / PIPELINE_INDEX).is_file():
+        if is_pipeline:
             return _load_pipeline(folder, target, dtype, online)
         component = read_component(folder)
         _check_online([component], online or {})
         if online is None:
             _check_quantized(folder, [component], target)
-        if rank and _library(component) != "diffusers":
-            raise OmniConvertError(
-                f"{folder}: tp_size={rank.size} was asked for, expected a model of Diffusers: models of Transformers "
-                "are loaded on one device only."
-            )
         return _load_model(component, dtype, online[""] if online else None).to(target)
     finally:
         LOADING.reset(tokens[0])

@@ -1,8 +1,8 @@
 """Tensor parallelism: which slice of a layer's tensors a rank holds, and how the ranks' results become one.
 
-A model class of Diffusers says which linears are split by rows (``colwise``: each rank computes some of the outputs)
-and which by columns (``rowwise``: each rank sees some of the inputs, and the results are added up). Scales are split
-with what they scale, so a cut must fall between blocks that share one.
+Plans of the libraries say which linears are split by rows (``colwise``: each rank computes some of the outputs) and
+which by columns (``rowwise``: each rank sees some of the inputs, and the results are added up). Scales are split with
+what they scale, so a cut must fall between blocks that share one. Plans of Transformers: ``transformers_parallel``.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ _IS_PART = "_omni_convert_is_part"
 
 @dataclass(frozen=True)
 class Rank:
-    """One of ``size`` processes that run a model together. ``device``: the type of all their devices."""
+    """One of ``size`` processes that run a model together. ``device``: the type of all their devices. ``in_pipeline``:
+    the model is one of several, and each rank may hold all of it."""
 
     index: int
     size: int
     device: str = "cpu"
+    in_pipeline: bool = False
 
 
 def parse_rank(index: int | None, size: int | None) -> Rank | None:
@@ -52,10 +54,12 @@ def parse_rank(index: int | None, size: int | None) -> Rank | None:
 
 
 class Split(NamedTuple):
-    """How a weight is split: along ``dim``, each of ``blocks`` (which fill it) among all ranks."""
+    """How a weight is split: along ``dim``, each of ``blocks`` (which fill it) among all ranks. ``is_closed``: every
+    rank takes all inputs and gives all outputs, so that what is around it does not know."""
 
     dim: int
     blocks: Sequence[int]
+    is_closed: bool = False
 
     def ranges(self, rank: Rank) -> list[tuple[int, int]]:
         """Start and stop of what a rank holds of every block."""
@@ -71,26 +75,29 @@ LOADING: ContextVar[Rank | None] = ContextVar("LOADING", default=None)
 """The rank for which a model is being loaded: libraries have no way to hand it through."""
 
 
-def split_linears(model: nn.Module, rank: Rank) -> dict[str, Split]:
-    """Replace the linears of ``model``, which has no weights yet, by a rank's part of them.
-
-    Returns module -> how its weight is split among ``rank.size`` processes.
+def split_linears(model: nn.Module, splits: Mapping[str, Split], rank: Rank) -> None:
+    """Replace linears of ``model``, which has no weights yet, by a rank's part of them. ``splits``: by module.
 
     Raises:
-        OmniConvertError: see ``_splits``; or a cut falls between weights that share a scale.
+        OmniConvertError: a cut falls between weights that share a scale.
     """
-    found = _splits(model, rank)
-    for name, split in found.items():
+    for name, split in splits.items():
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        fmt = linear.format if isinstance(linear, QuantizedLinear) else None
-        if fmt:
-            _check_split(name, fmt, split, rank)
+        check_split(name, format_of(linear), split, rank)
         part = _part_of(linear, split, rank)
+        if split.dim == 0 and split.is_closed:
+            part.register_forward_hook(functools.partial(join, rank))
+        if split.dim == 1 and split.is_closed:
+            part.register_forward_pre_hook(functools.partial(_take_columns, split, rank))
         if split.dim == 1:
-            part.register_forward_hook(_add_up)
+            part.register_forward_hook(functools.partial(add_up, rank))
         model.set_submodule(name, part)
-    return found
+
+
+def format_of(module: object) -> Format | None:
+    """Of a quantized linear; None of any other module."""
+    return module.format if isinstance(module, QuantizedLinear) else None
 
 
 def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
@@ -107,24 +114,29 @@ def _part_of(linear: nn.Linear, split: Split, rank: Rank) -> nn.Linear:
     else:
         part = nn.Linear(columns, rows, has_bias, device, linear.weight.dtype)
     take_over(linear, part)
-    vars(part)[_IS_PART] = True
+    mark_part(part)
     return part
 
 
+def mark_part(module: nn.Module) -> None:
+    """Note that it is one rank's part of a module."""
+    vars(module)[_IS_PART] = True
+
+
 def is_part(module: object) -> bool:
-    """Whether it is one rank's part of a linear."""
+    """Whether it is one rank's part of a module."""
     return _IS_PART in getattr(module, "__dict__", ())
 
 
-def _splits(model: Any, rank: Rank) -> dict[str, Split]:
-    """Module -> how its weight is split.
+def diffusers_splits(model: Any, rank: Rank) -> dict[str, Split]:
+    """Module -> how its weight is split, by the plan of a class of Diffusers.
 
     Raises:
         OmniConvertError: the class has no plan for it, or something cannot be divided by the number of ranks.
     """
     where = type(model).__name__
     plan = getattr(model, "_tp_plan", None)
-    if not plan or not hasattr(model, "register_to_config"):
+    if not plan:
         raise OmniConvertError(
             f"{where}: has no plan for tensor parallelism, expected a class of Diffusers with one (Qwen-Image, FLUX). "
             "Load it on one device, without tp_size."
@@ -147,14 +159,22 @@ def _splits(model: Any, rank: Rank) -> dict[str, Split]:
     }
 
 
-def _check_split(layer: str, fmt: Format, split: Split, rank: Rank) -> None:
-    """Raises:
-    OmniConvertError: a cut falls between weights that share a scale.
+def check_split(layer: str, fmt: Format | None, split: Split, rank: Rank) -> None:
+    """``fmt``: None for plain weights.
+
+    Raises:
+        OmniConvertError: ranks would hold parts of several sizes, or a cut falls between weights that share a scale.
     """
+    what = "row" if split.dim in (0, -2) else "column"
+    if uneven := next((block for block in split.blocks if block % rank.size), None):
+        raise OmniConvertError(
+            f"{printable(layer)}: has {uneven} {what}s, expected a multiple of tp_size, which is {rank.size}."
+        )
+    if fmt is None:
+        return
     unit = fmt.rows_per_scale if split.dim == 0 else _columns_per_scale(fmt, rank.device)
     for start, stop in split.ranges(rank):
         if start % unit or stop % unit:
-            what = "row" if split.dim == 0 else "column"
             raise OmniConvertError(
                 f"{printable(layer)}: rank {rank.index} of {rank.size} would hold the {what}s from {start} to {stop}, "
                 f"expected multiples of {unit}, which {fmt.name} keeps together on {rank.device}. Use fewer ranks, "
@@ -179,13 +199,13 @@ def local_tensors(fmt: Format | None, tensors: Mapping[str, Tensor], split: Spli
     found = {}
     for suffix, tensor in tensors.items():
         if suffix == "weight" or (suffix == "bias" and split.dim == 0):
-            found[suffix] = _cut(tensor, split.dim, split, rank)
+            found[suffix] = cut(tensor, split.dim, split, rank)
         elif suffix == "bias":
             found[suffix] = tensor.clone() if rank.index == 0 else torch.zeros_like(tensor)
         else:
             assert fmt is not None
             dim, unit = _scale_dim(fmt, suffix, split.dim)
-            found[suffix] = tensor.clone() if dim is None else _cut(tensor, dim, split, rank, unit)
+            found[suffix] = tensor.clone() if dim is None else cut(tensor, dim, split, rank, unit)
     return found
 
 
@@ -201,14 +221,38 @@ def _scale_dim(fmt: Format, suffix: str, dim: int) -> tuple[int | None, int]:
     return (grown[0], side // small[grown[0]]) if grown else (None, 1)
 
 
-def _cut(tensor: Tensor, dim: int, split: Split, rank: Rank, unit: int = 1) -> Tensor:
+def cut(tensor: Tensor, dim: int, split: Split, rank: Rank, unit: int = 1) -> Tensor:
     """A copy of a rank's part, which alone is read from the file. ``unit``: how many weights one element stands for."""
     parts = [tensor.narrow(dim, start // unit, -(-stop // unit) - start // unit) for start, stop in split.ranges(rank)]
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
-def _add_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+def add_up(rank: Rank, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     """A forward hook: the sum of all ranks' results."""
+    import torch.distributed as dist
+
+    _check_group(rank)
+    total = output.contiguous()
+    dist.all_reduce(total)
+    return total
+
+
+def join(rank: Rank, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """A forward hook: all ranks' results side by side."""
+    import torch.distributed as dist
+
+    _check_group(rank)
+    parts = [torch.empty_like(output, memory_format=torch.contiguous_format) for _ in range(rank.size)]
+    dist.all_gather(parts, output.contiguous())
+    return torch.cat(parts, -1)
+
+
+def _take_columns(split: Split, rank: Rank, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook: of all inputs, those that a rank has columns for."""
+    return (cut(args[0], -1, split, rank), *args[1:])
+
+
+def _check_group(rank: Rank) -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -216,6 +260,9 @@ def _add_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             "this model holds one rank's part of every layer, expected a process group to add up the parts: start all "
             "ranks with torchrun and call torch.distributed.init_process_group first."
         )
-    total = output.contiguous()
-    dist.all_reduce(total)
-    return total
+    found = dist.get_rank(), dist.get_world_size()
+    if found != (rank.index, rank.size):
+        raise OmniConvertError(
+            f"this process is rank {found[0]} of {found[1]} of the process group, expected {rank.index} of "
+            f"{rank.size}, which the model was loaded for (tp_rank, tp_size)."
+        )

@@ -99,8 +99,8 @@ def load(
         quantization: of a plain checkpoint, as ``convert`` takes it. None: what its ``quantization_config`` asks for,
             without the flag that says its weights are quantized already. ``mxfp4_dualscale`` leaves the leading blocks
             unquantized, as vLLM-Omni does online: ``num_bf16_fallback_layers``, by default 5.
-        tp_rank, tp_size: which of how many processes this is, that run a Diffusers model together (tensor parallelism);
-            each reads and holds its part of the linears. None: one process.
+        tp_rank, tp_size: which of how many processes this is, that run a model together (tensor parallelism); each
+            reads and holds its part of what the model's plan splits. None: one process.
         choices: in place of ``quantization`` or beside it, as ``convert`` takes them.
 
     Raises:
