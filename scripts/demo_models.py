@@ -129,6 +129,23 @@ def write_qwen_image(
     return _write(pipeline, folder, seed, dtype)
 
 
+def add_outliers(folder: Path, factor: float = 30.0, channels: int = 2) -> Path:
+    """Have the first ``channels`` of what lies between the two layers of every img_mlp of ``write_qwen_image`` be
+    ``factor`` times as large, and the columns that read them smaller by as much: nearly the same function (but for the
+    bend of GELU) of weights that are as easy to quantize, through activations that are not."""
+    from safetensors.torch import load_file, save_file
+
+    for path in (folder / "transformer").glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if ".img_mlp.net.0.proj." in name:
+                tensor[:channels] *= factor
+            elif name.endswith(".img_mlp.net.2.weight"):
+                tensor[:, :channels] /= factor
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
 def write_z_image(folder: Path, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A ZImagePipeline. Images: multiples of 16."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel

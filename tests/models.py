@@ -7,6 +7,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 from demo_models import (
     SENTENCES,
+    add_outliers,
     embed,
     load_bf16,
     minilm_path,
@@ -18,6 +19,7 @@ from demo_models import (
 
 __all__ = [
     "SENTENCES",
+    "add_outliers",
     "embed",
     "load_bf16",
     "minilm_path",

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shlex
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import pytest
 import torch
 from hostile.small import random, write_weights
 from loaded import layers_of
-from models import load_bf16, write_qwen_image
+from models import add_outliers, load_bf16, write_qwen_image
 from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
+from omni_convert.formats.text import mean_db
 from omni_convert.quality.fused import Unit
 from omni_convert.quality.request import HIDDEN, Answer, Request
 from omni_convert.quality.trace import LayerTrace, by_kind, keeping_lines, quantized_layers
@@ -101,6 +103,26 @@ def test_worst_first_and_in_the_text(qwen_image: Path, converted: Path) -> None:
     assert "and 2 kinds that lose less" in result.to_text()
     assert f"worst layer: {result.trace[0].layer}, " in result.to_text()
     json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_outliers_among_activations_are_seen_where_weights_tell_nothing(qwen_image: Path, tmp_path: Path) -> None:
+    plain, model = qwen_image, add_outliers(shutil.copytree(qwen_image, tmp_path / "model"))
+    kinds = [f"transformer.transformer_blocks.*.{name}.net.2" for name in ("img_mlp", "txt_mlp")]
+    weights, outputs = [], []
+    for number, source in enumerate((plain, model)):
+        done = omni_convert.convert(source, tmp_path / f"out{number}", method="int8", target="omni-convert")
+        traced = {entry["layer"]: entry["sqnr_db"] for entry in trace(source, tmp_path / f"out{number}")}
+        lost = {f"transformer.{layer}": sqnr for layer, sqnr in done.sqnr_db.items()}
+        weights.append([mean_of(lost, kind) for kind in kinds])
+        outputs.append([mean_of(traced, kind) for kind in kinds])
+    assert weights[1] == pytest.approx(weights[0][:1] * 2, abs=0.3)  # one as good as the other, with outliers too
+    assert outputs[0][0] == pytest.approx(outputs[0][1], abs=2)
+    assert outputs[1][0] < outputs[1][1] - 10
+    assert set(list(traced)[:3]) == {layer for layer in traced if fnmatch(layer, kinds[0])}
+
+
+def mean_of(sqnr: dict[str, float], kind: str) -> float:
+    return mean_db(value for layer, value in sqnr.items() if fnmatch(layer, kind))
 
 
 def kept_by(line: str, model: Path) -> set[str]:
