@@ -49,6 +49,11 @@ def test_the_tensors_decide() -> None:
         ({"a.bias": TensorSpec("BF16", (1,))}, r"a.bias is BF16 \(1,\), expected one of .* and \(6,\)"),
         ({"b.weight": TensorSpec("I8", (6, 4))}, "tensor b.weight is I8 without b.weight_scale"),
         ({"b.weight_scale": TensorSpec("F32", (6, 1))}, "layer b is in ignored_layers but has b.weight_scale"),
+        ({"a.zero_point": TensorSpec("F32", (6,))}, "layer a is announced as int8 but has a.zero_point"),
+        ({"b.input_scale": TensorSpec("F32", ())}, "found tensor b.input_scale, .* layer b is not quantized"),
+        ({"b.weight_scale_inv": TensorSpec("F32", (1, 1))}, "found tensor b.weight_scale_inv, .* not quantized"),
+        ({"a.lora_A.weight": TensorSpec("F32", (1, 4))}, "found tensor a.lora_A.weight within layer a, "),
+        ({"b.weight": TensorSpec("U8", (6, 4))}, "tensor b.weight is U8 without b.weight_scale"),
         ({"a.weight": None, "a.weight_scale": None}, "announces int8, but no tensor ends with .weight_scale"),
     ],
 )

@@ -190,6 +190,10 @@ def test_new_weights_are_noticed(layer: QuantizedLinear, x: torch.Tensor) -> Non
     assert torch.equal(layer(x), expected(layer, x))
     layer.weight = nn.Parameter(other.weight.clone(), requires_grad=False)
     assert torch.equal(layer(x), other(x))
+    neighbours = torch.stack([other.weight, flipped(other.weight)])  # in one storage
+    for codes in neighbours:
+        layer.weight = nn.Parameter(codes, requires_grad=False)
+        assert torch.equal(layer(x), expected(layer, x))
     layer.weight = nn.Parameter(flipped(other.tensors()["weight"]), requires_grad=False)
     assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.int8, False)
     assert torch.equal(layer(x), expected(layer, x))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from kinds import KINDS
-from loaded import LAYERS, layers_of, refused, stored
+from loaded import LAYERS, layers_of, loaders, refused, stored
 from safetensors.torch import save_file
 
 import omni_convert
 from omni_convert import OmniConvertError
+from omni_convert.formats.base import Facts
 
 Tensors = dict[str, torch.Tensor]
 KEPT = {"qwen": "img_in.weight", "bert": "embeddings.word_embeddings.weight"}
@@ -78,6 +81,17 @@ def test_what_the_model_does_not_know(name: str, key: str, change: Callable[...,
 
 
 @library
+def test_what_the_model_is_known_to_ignore(
+    name: str, change: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_pretrained: Any = loaders(name)[1]
+    monkeypatch.setattr(from_pretrained.__self__, "_keys_to_ignore_on_load_unexpected", [r"^foo\."])
+    folder = change(name, lambda tensors: tensors.update({"foo.bar.weight": torch.ones(1)}))
+    for load in loaders(name):
+        assert layers_of(load(folder))
+
+
+@library
 def test_what_the_model_needs(name: str, change: Callable[..., Path]) -> None:
     """Also where plain weights are quantized while they are loaded."""
     folder = change(name, lambda tensors: tensors.pop(KEPT[name]))
@@ -130,3 +144,26 @@ def test_what_is_tied_or_ignored_is_fine(tmp_path: Path) -> None:
     model = omni_convert.load(tmp_path / "out")
     assert layers_of(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_of_a_module_in_two_places_one_name_is_enough(tmp_path: Path) -> None:
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+
+    class Twice(ModelMixin, ConfigMixin):  # type: ignore[misc]
+        @register_to_config  # type: ignore[untyped-decorator]
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = self.second = torch.nn.Linear(64, 64)
+            self.third = self.fourth = torch.nn.Linear(64, 64)
+
+    Twice().bfloat16().save_config(tmp_path)
+    path, fmt = tmp_path / "config.json", KINDS["int8"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": fmt.config(["third"])}))
+    tensors = {f"first.{suffix}": value for suffix, value in fmt.quantize(torch.ones(64, 64), Facts()).items()}
+    kept = {"third.weight": torch.eye(64), "first.bias": torch.ones(64), "third.bias": torch.ones(64)}
+    save_file(tensors | kept, tmp_path / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    model = Twice.from_pretrained(tmp_path)
+    assert model.first is model.second
+    assert torch.equal(model.second(torch.ones(1, 64)), torch.full((1, 64), 65.0))
+    assert torch.equal(model.fourth(torch.ones(1, 64)), torch.full((1, 64), 2.0))
