@@ -10,9 +10,14 @@ from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.plan import Plan
 
+LARGE = 10 << 20
+"""Bytes above which a file is large, as weights always are."""
+SMALL_BYTES = 32 << 20
+"""Small files leave the folder together, when they have so many bytes."""
+
 
 class Outlet(Protocol):
-    """Takes large files as they become whole, and deletes them from the folder when they are safe there."""
+    """Takes files as they become whole, and deletes them from the folder when they are safe there."""
 
     @property
     def there(self) -> Mapping[str, str]:
@@ -36,17 +41,23 @@ class Outlet(Protocol):
         """
 
     def publish(self, folder: Path) -> None:
-        """Let the world see it: all large files are there, all others in the folder."""
+        """Let the world see it: all files are there, or in the folder."""
 
     def give_up(self) -> None:
         """Nothing more is sent, and nobody waits: the run ends early. May be called at any time."""
 
 
 def outlet_bytes(plan: Plan) -> int:
-    """About what a run with an outlet takes: of the largest file a source, an output, and one that is on its way."""
+    """About what a run with an outlet takes: of the largest file a source, an output, and one that is on its way; and
+    of small files those that wait, and those that are on their way."""
     sizes = [max(shard.size, shard.source.file_size) for part in plan.components for shard in part.shards]
     sizes += [file.size for file in plan.checkpoint.others.values()]
-    return 3 * max(sizes, default=0)
+    small = sum(file.size for name, file in plan.checkpoint.others.items() if is_small(name, file.size))
+    return 3 * max(sizes, default=0) + min(small, 2 * (SMALL_BYTES + LARGE))
+
+
+def is_small(name: str, size: int) -> bool:
+    return size <= LARGE and not name.endswith(".safetensors")
 
 
 def write_out(

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omni_convert.converter.plan import encode_json
@@ -18,7 +19,7 @@ from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
 from omni_convert.hub.errors import HubError
 from omni_convert.hub.metadata import CARD_NAME, check_card
 from omni_convert.hub.picture import draw_picture
-from omni_convert.hub.repository import Draft, RemoteFile, Repository, parse_repo_id
+from omni_convert.hub.repository import Draft, RemoteFile, Repository, git_oid, parse_repo_id
 
 NOT_PUBLISHED = (CARD_NAME, ".gitattributes")
 """Files of the base's repository that are about it: ours has a card and settings of its own."""
@@ -110,10 +111,21 @@ def _check_other(repo: Repository, *bases: str | None) -> None:
 
 
 class FolderUpload:
-    """What of a folder goes to a repository. ``seals``: what makes it loadable, and what is made for it here."""
+    """What of a folder goes to a repository. ``seals``: what makes it loadable, and what is made for it here.
 
-    def __init__(self, root: Path, repo: Repository, card: str | None, base_model: str | None) -> None:
+    ``oids``: names in git of small files that left the folder.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        repo: Repository,
+        card: str | None,
+        base_model: str | None,
+        oids: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.root = root
+        self.oids = oids
         self.repo = repo
         manifest = read_json(root / MANIFEST_NAME)
         self.base = base_of(manifest, base_model)
@@ -139,8 +151,11 @@ class FolderUpload:
         named = {name: self.root / name for name in self.files if is_seal(name)}
         return named | self.made
 
-    def read(self, name: str) -> bytes:
-        return self.made[name] if name in self.made else (self.root / name).read_bytes()
+    def oid(self, name: str) -> str:
+        """The name in git of a small file."""
+        if name in self.oids:
+            return self.oids[name]
+        return git_oid(self.made[name] if name in self.made else (self.root / name).read_bytes())
 
 
 def is_seal(name: str) -> bool:
@@ -194,7 +209,7 @@ def seal(
     if set(stale_files(repo, repo.files() or {}, upload.files)) != set(removed):
         raise HubError(f"{repo.url}: holds another conversion than before the upload. Look at it, then run again.", 409)
     draft.commit(last, removed, "Config, index, manifest and card")
-    draft.check(upload.files, upload.read)
+    draft.check(upload.files, upload.oid)
     draft.open()
     if not create_pr:
         stale_files(repo, repo.files() or {}, upload.files)
@@ -235,7 +250,7 @@ def find_changes(upload: FolderUpload, published: Mapping[str, RemoteFile]) -> t
 
     def state(name: str, size: int, sha256: str) -> str:
         there = published.get(name)
-        same = there is not None and there.is_same(size, sha256, lambda: upload.read(name))
+        same = there is not None and there.is_same(size, sha256, lambda: upload.oid(name))
         return "unchanged" if same else "changed" if there else "new"
 
     files = [(name, size, state(name, size, sha256)) for name, (size, sha256) in upload.files.items()]

@@ -28,11 +28,11 @@ class RemoteFile:
     sha256: str | None
     oid: str
 
-    def is_same(self, size: int, sha256: str, content: Callable[[], bytes]) -> bool:
-        """Whether a local file has these bytes; ``content`` is read of a small one only."""
+    def is_same(self, size: int, sha256: str, oid: Callable[[], str]) -> bool:
+        """Whether a local file has these bytes; ``oid``: its name in git, asked for of a small one only."""
         if size != self.size:
             return False
-        return sha256 == self.sha256 if self.sha256 else git_oid(content()) == self.oid
+        return sha256 == self.sha256 if self.sha256 else oid() == self.oid
 
 
 def git_oid(data: bytes) -> str:
@@ -203,12 +203,12 @@ class Draft:
             ", ".join(added) + " cannot be uploaded" if len(added) == 1 else "cannot be uploaded",
         )
 
-    def check(self, expected: Mapping[str, tuple[int, str]], small: Callable[[str], bytes]) -> None:
+    def check(self, expected: Mapping[str, tuple[int, str]], oid: Callable[[str], str]) -> None:
         """Whether the Hub holds what it should.
 
         Args:
             expected: name -> size and sha256.
-            small: reads a local file that git itself holds there.
+            oid: the name in git of a local file that git itself holds there.
 
         Raises:
             OmniConvertError: names the first file that is missing or different.
@@ -216,7 +216,7 @@ class Draft:
         found = self.files()
         for name, (size, sha256) in expected.items():
             remote = found.get(name)
-            if remote is None or not remote.is_same(size, sha256, lambda name=name: small(name)):  # type: ignore[misc]
+            if remote is None or not remote.is_same(size, sha256, lambda name=name: oid(name)):  # type: ignore[misc]
                 raise OmniConvertError(
                     f"{self.url}: {name} {'is missing' if remote is None else 'differs'} after the upload, so nothing "
                     "was published. Run again; if it stays so, close the pull request first."

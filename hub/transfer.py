@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
-from threading import Event, Semaphore, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import TYPE_CHECKING
 
 from omni_convert.converter import contract_values
@@ -25,14 +25,25 @@ from omni_convert.converter.convert import Means, Report, plan, run
 from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.job import job_identity
+from omni_convert.converter.outlet import SMALL_BYTES, is_small
 from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
 from omni_convert.hub.errors import redact
 from omni_convert.hub.metadata import check_card
-from omni_convert.hub.push import FolderUpload, Publication, find_changes, prepare, seal, stale_files, target_repository
-from omni_convert.hub.repository import Draft, parse_repo_id
+from omni_convert.hub.push import (
+    NOT_PUBLISHED,
+    FolderUpload,
+    Publication,
+    find_changes,
+    is_seal,
+    prepare,
+    seal,
+    stale_files,
+    target_repository,
+)
+from omni_convert.hub.repository import Draft, git_oid, parse_repo_id
 from omni_convert.hub.work import Work
 
 if TYPE_CHECKING:
@@ -42,8 +53,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 2
 """Files under way: one that is written, one that is uploaded."""
-_LARGE = 10 << 20
-"""Bytes above which the Hub has a sha256 of any file; of weights it has one anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +159,9 @@ class HubOutlet:
         self.there: Mapping[str, str] = {name: file.sha256 for name, file in found.items() if file.sha256}
         self.publication: Publication | None = None
         self._room = Semaphore(_AT_ONCE)
-        self._queue: SimpleQueue[tuple[str, Path, FileRecord]] = SimpleQueue()
+        self._queue: SimpleQueue[dict[str, Path]] = SimpleQueue()
+        self._lock, self._small = Lock(), dict[str, Path]()
+        self._oids: dict[str, str] = {}
         self._stopped = Event()
         self._error: OmniConvertError | None = None
         Thread(target=self._upload_all, name="omni-convert-upload", daemon=True).start()
@@ -165,10 +176,22 @@ class HubOutlet:
             keep_scales(path, self.work.stand_ins / name)
         if self.there.get(name) == record.sha256:
             path.unlink(missing_ok=True)
-        elif name.endswith(".safetensors") or record.size > _LARGE:
-            self._queue.put((name, path, record))
+        elif not is_small(name, record.size):
+            self._queue.put({name: path})
             return
-        self._room.release()  # a small file goes with the last commit
+        elif not is_seal(name) and name not in NOT_PUBLISHED and (batch := self._batch(name, path)):
+            self._queue.put(batch)
+            return
+        self._room.release()  # a small file goes with others, at the latest with the last commit
+
+    def _batch(self, name: str, path: Path) -> dict[str, Path]:
+        """The small files that wait, if they are enough to go; none if not."""
+        with self._lock:
+            self._small[name] = path
+            if sum(item.stat().st_size for item in self._small.values()) < SMALL_BYTES:
+                return {}
+            batch, self._small = self._small, {}
+            return batch
 
     def wait(self) -> None:
         for _ in range(_AT_ONCE):
@@ -179,7 +202,7 @@ class HubOutlet:
 
     def publish(self, folder: Path) -> None:
         self._check_contract(self.work.stand_ins, [contract_values.CODES])
-        upload = FolderUpload(folder, self._repo, self._card, self._target.base_model)
+        upload = FolderUpload(folder, self._repo, self._card, self._target.base_model, self._oids)
         changes = find_changes(upload, self._published)
         if all(change.state == "unchanged" for change in changes):
             self.publication = Publication(repo=self._repo.id, url=self._repo.url, changes=changes)
@@ -228,25 +251,30 @@ class HubOutlet:
         It ends with the first error, so that whoever runs again does not meet it in the same pull request.
         """
         while self._error is None and not self._stopped.is_set():
-            name, path, record = self._queue.get()
+            files = self._queue.get()
             try:
-                self._upload(name, path, record)
+                self._upload(files)
             except OmniConvertError as error:
                 self._error = error
             except BaseException as error:  # whatever it is, whoever waits raises it
                 self._error = OmniConvertError(
-                    f"{name}: cannot be uploaded ({type(error).__name__}: {redact(str(error))})."
+                    f"{next(iter(files))}: cannot be uploaded ({type(error).__name__}: {redact(str(error))})."
                 )
             finally:
                 self._room.release()
 
-    def _upload(self, name: str, path: Path, record: FileRecord) -> None:
-        self._open().commit({name: path}, [], f"Add {name}")
+    def _upload(self, files: Mapping[str, Path]) -> None:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        what = next(iter(files)) if len(files) == 1 else f"{len(files)} files"
+        self._open().commit(files, [], f"Add {what}")
         if self._stopped.is_set():
             return  # somebody else may write there by now
-        path.unlink(missing_ok=True)
+        for name, path in files.items():
+            if is_small(name, sizes[name]):
+                self._oids[name] = git_oid(path.read_bytes())
+            path.unlink(missing_ok=True)
         if self._progress:
-            _tell(f"uploaded {name} ({format_bytes(record.size)})")
+            _tell(f"uploaded {what} ({format_bytes(sum(sizes.values()))})")
 
 
 def _mark(identity: str) -> str:

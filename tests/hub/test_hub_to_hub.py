@@ -268,7 +268,9 @@ def test_the_plan_shows_what_the_disk_needs(hub: HubServer, source: Path, tmp_pa
     status, out, err = command(hub, tmp_path, "--method", "int8", "--dry-run", "--json", source, f"hub:{REPO}")
     assert status == 0, err
     largest = max(path.stat().st_size for path in source.rglob("*.safetensors"))
-    assert json.loads(out)["disk_needed"] == 3 * largest
+    small = sum((source / name).stat().st_size for name in ("README.md", "scheduler/scheduler_config.json"))
+    small += sum(path.stat().st_size for path in [source / "model_index.json", *source.glob("text_encoder/*.json")])
+    assert json.loads(out)["disk_needed"] == 3 * largest + small
     assert hub.requests == []
 
 
