@@ -23,6 +23,7 @@ from omni_convert.runtime.kernels import check_format, device_of
 from omni_convert.runtime.npu_device import open_device
 from omni_convert.runtime.online import QUANTIZING, Online
 from omni_convert.runtime.parallel import LOADING, Rank
+from omni_convert.runtime.staging import move
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -66,7 +67,9 @@ def load(
         _check_online([component], online or {})
         if online is None:
             _check_quantized(folder, [component], target)
-        return _load_model(component, dtype, online[""] if online else None).to(target)
+        model = _load_model(component, dtype, online[""] if online else None)
+        move(model, target)
+        return model
     finally:
         LOADING.reset(tokens[0])
         OPENED.reset(tokens[1])
@@ -143,7 +146,7 @@ def _load_pipeline(
     pipeline = _from_pretrained(pipeline_class, folder, torch_dtype=dtypes, **parts)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
-            part.eval()
+            move(part.eval(), device)
     return pipeline.to(device)
 
 
