@@ -184,7 +184,7 @@ def analyze(
     ):
         errors = measure(plans, settings, advance)
     return Analysis(
-        name=checkpoint.root.name,
+        name=checkpoint.name,
         methods=tuple(found),
         plans=plans,
         errors=tuple(errors),

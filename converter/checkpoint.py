@@ -79,6 +79,11 @@ class Checkpoint:
     hub: HubSource | None = None
     """The repository that ``root`` stands for."""
 
+    @property
+    def name(self) -> str:
+        """Of the folder or the file."""
+        return self.components[0].shards.headers[0].path.name if self.kind == "file" else self.root.name
+
     def shard_file(self, header: Header) -> SourceFile:
         """The file of a header of one of the components."""
         return self.hub.file(header.path) if self.hub else SourceFile.of_shard(header)

@@ -11,6 +11,7 @@ from typing import Any
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.hashes import file_sha256
 from omni_convert.converter.layer_error import LayerError
+from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.plan import ComponentPlan, Plan, encode_json
 from omni_convert.converter.recipe import Recipe
 from omni_convert.converter.source import SourceFile
@@ -18,7 +19,7 @@ from omni_convert.formats import format_label
 from omni_convert.formats.base import Format
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.header import hash_header
-from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, read_json
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME
 from omni_convert.formats.text import recorded_db
 
 
@@ -41,7 +42,7 @@ def manifest_bytes(
             "recipe": plan.recipe.to_dict(),
             "files": {name: {"size": size, "sha256": digest} for name, (digest, size) in sorted(files.items())},
             "source": {
-                "name": plan.checkpoint.root.name,
+                "name": plan.checkpoint.name,
                 "kind": plan.checkpoint.kind,
                 **(plan.checkpoint.hub.identity() if plan.checkpoint.hub else {}),
                 "files": _source_files(plan.checkpoint, files, hashing_threads),
@@ -51,6 +52,7 @@ def manifest_bytes(
                 part.component.name: _component(part, plan.recipe.part(part.component.name).format, errors)
                 for part in plan.components
             },
+            "cautions": list(plan.cautions),
         }
     )
 
@@ -128,30 +130,7 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
         raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
     if not (root / MANIFEST_NAME).is_file():
         return None
-    manifest = read_json(root / MANIFEST_NAME)
-    if not _is_manifest(manifest):
-        raise OmniConvertError(f"{root / MANIFEST_NAME}: is not a manifest of omni-convert, or damaged. Convert again.")
-    return manifest
-
-
-def _is_manifest(data: Mapping[str, Any]) -> bool:
-    """Whether everything that is read from it has the right kind."""
-
-    def entries(value: object, *required: str) -> bool:
-        return isinstance(value, dict) and all(
-            isinstance(entry, dict) and all(key in entry for key in required) for entry in value.values()
-        )
-
-    source, components = data.get("source"), data.get("components")
-    return (
-        Recipe.parse(data.get("recipe")) is not None
-        and entries(data.get("files"), "size", "sha256")
-        and isinstance(source, dict)
-        and entries(source.get("files"), "size")
-        and isinstance(components, dict)
-        and entries(components, "tensors")
-        and all(entries(component["tensors"], "action", "why") for component in components.values())
-    )
+    return load_manifest(root / MANIFEST_NAME)
 
 
 def layer_formats(recipe: Recipe, component: str, decisions: Mapping[str, Any]) -> dict[str, Format]:

@@ -71,15 +71,6 @@ def encoder_layers(view: View, checkpoint: Checkpoint) -> set[str] | None:
         ) from error
 
 
-def no_encoder(view: View) -> str:
-    """The warning for a transformer that is converted without the text encoder that shares its config."""
-    return (
-        f"{view.target.title} builds the text encoder of {view.architecture} with the transformer's "
-        "quantization_config, which must list the encoder's layers, and this source has no text encoder. Convert the "
-        "whole pipeline."
-    )
-
-
 def _transformer(view: View, checkpoint: Checkpoint) -> Architecture | None:
     """The class of the pipeline's diffusion transformer, as the target knows it."""
     config = checkpoint.component_config(DEFAULT_COMPONENTS[0])

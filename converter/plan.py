@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from omni_convert.converter.cautions import kept_experts, target_cautions, unheard
 from omni_convert.converter.checkpoint import Checkpoint, Component
 from omni_convert.converter.decide import Decision, View, holds_experts, natural_key
-from omni_convert.converter.pipeline import check_component, encoder_layers, is_known, no_encoder
+from omni_convert.converter.pipeline import check_component, encoder_layers
 from omni_convert.converter.recipe import Recipe, check_patterns, closest_names
 from omni_convert.formats.config import LayerRule, QuantizationConfig, exact_pattern, stored_config, without_asking
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.header import Header, StoredTensor, TensorSpec, aligned_order, encode_header
-from omni_convert.formats.layout import CONFIG_NAME
-from omni_convert.formats.patterns import Pattern, parts_of_names
+from omni_convert.formats.patterns import parts_of_names
 
 _QUANTIZED_SUFFIXES = {
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_dual_scale", "weight_packed", "qweight", "qzeros",
@@ -128,7 +128,9 @@ class Plan:
     recipe: Recipe
     components: tuple[ComponentPlan, ...]
     warnings: tuple[str, ...] = ()
-    """What may keep the target from loading the result."""
+    """What to know before it is carried out, ``cautions`` and what to do about them among it."""
+    cautions: tuple[str, ...] = ()
+    """Why the target may not load the result, or on what condition it does."""
 
     def tensors(self) -> Iterator[TensorPlan]:
         for component in self.components:
@@ -190,20 +192,19 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     parts = [_plan_component(view) for view in views]
     for part in parts:
         _check_quantizes(part, checkpoint, recipe)
-    warnings = [*_warnings(views, checkpoint), *_kept_experts(parts, recipe), *map(_unheard, asking)]
     quantized = {tensor.layer for part in parts for tensor in part.tensors() if tensor.decision.format}
     for place, view in enumerate(views):
-        encoder = encoder_layers(view, checkpoint)
-        if encoder is None:
-            warnings.append(no_encoder(view))
-        parts[place] = _with_ignored(parts[place], view, (encoder or set()) - quantized)
-    return Plan(checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings))
-
-
-def _unheard(component: Component) -> str:
-    """A warning of a config that would have engines quantize these weights while they load."""
-    asks = f"{component.folder / CONFIG_NAME} asks engines to quantize while they load"
-    return f"{asks}; what it says does not count here: give --method, --ignore and the like."
+        encoder = encoder_layers(view, checkpoint) or set()
+        parts[place] = _with_ignored(parts[place], view, encoder - quantized)
+    cautions = target_cautions(views, checkpoint)
+    warnings = list(checkpoint.hub.warnings if checkpoint.hub else ())
+    warnings += [f"{caution} {advice}".rstrip() for caution, advice in cautions]
+    warnings += kept_experts([tensor for part in parts for tensor in part.tensors()], recipe)
+    warnings += map(unheard, asking)
+    return Plan(
+        checkpoint=checkpoint, recipe=recipe, components=tuple(parts), warnings=tuple(warnings),
+        cautions=tuple(caution for caution, _ in cautions),
+    )  # fmt: skip
 
 
 def _with_ignored(part: ComponentPlan, view: View, encoder: Iterable[str]) -> ComponentPlan:
@@ -238,7 +239,7 @@ def _check_patterns(views: Sequence[View], recipe: Recipe) -> None:
 def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe) -> None:
     if any(tensor.decision.format for tensor in part.tensors()):
         return
-    where = part.component.name or checkpoint.root.name
+    where = part.component.name or checkpoint.name
     found = f"{where}: none of its {sum(1 for _ in part.tensors())} tensors would be quantized"
     config = recipe.part(part.component.name)
     if config.ignored_layers or config.layers:
@@ -248,56 +249,6 @@ def _check_quantizes(part: ComponentPlan, checkpoint: Checkpoint, recipe: Recipe
     raise OmniConvertError(
         f"{found}, expected linear weights that {config.format.name} can hold ({_reasons(part)}). {remedy}."
     )
-
-
-def _warnings(views: Sequence[View], checkpoint: Checkpoint) -> list[str]:
-    """What is not known of source and target, and on what condition it loads the result."""
-    unknown = [view for view in views if not is_known(view, checkpoint)]
-    warnings = [] if checkpoint.hub is None else checkpoint.hub.warnings
-    if unknown:
-        title = unknown[0].target.title
-        classes = ", ".join(dict.fromkeys(printable(view.component.class_name) for view in unknown))
-        # A format that writes something else for fused layers needs to know them.
-        differs = any(view.config.format.fused() != view.config.format for view in unknown)
-        fused = f" Where it fuses layers (q, k, v), {unknown[0].kind} is wrong on CUDA: keep those with --ignore."
-        warnings.append(
-            f"it is not known which layers {title} can run quantized (class: {classes}), so it may not load the "
-            f"result. 'omni-convert models' lists what is known; --dry-run shows the layers.{fused if differs else ''}"
-        )
-    rules = [rule for view in views for rule in view.target.cautions if rule.holds(view.architecture, view.kind)]
-    return warnings + [f"{rule.reason}." for rule in dict.fromkeys(rules)]
-
-
-def _kept_experts(parts: Sequence[ComponentPlan], recipe: Recipe) -> list[str]:
-    """A warning if experts, in most models that have some nearly all of the weights, stay unquantized unasked."""
-    tensors = [tensor for part in parts for tensor in part.tensors()]
-    kept = [
-        tensor
-        for tensor in tensors
-        if holds_experts(tensor.name, tensor.source.spec)
-        and not tensor.decision.format
-        and not tensor.decision.reason.startswith(("--ignore", "--layer"))
-        and not any(pattern.matches(tensor.layer) for pattern in _unquantized(recipe))
-    ]
-    share = sum(tensor.bytes_after for tensor in kept) / sum(tensor.source.spec.nbytes for tensor in tensors)
-    if share <= _CONSIDERABLE:
-        return []
-    first = kept[0]
-    return [
-        f"{share:.0%} of the bytes stay {first.source.spec.dtype}: the experts are not quantized (such as "
-        f"{printable(first.layer)}: {first.decision.reason})."
-    ]
-
-
-def _unquantized(recipe: Recipe) -> list[Pattern]:
-    """The patterns of what is to stay as it is."""
-    rules = [rule.name for part in recipe.parts.values() for rule in part.layers if rule.format is None]
-    return [
-        Pattern(text) for text in (*rules, *(name for part in recipe.parts.values() for name in part.ignored_layers))
-    ]
-
-
-_CONSIDERABLE = 0.1
 
 
 def _reasons(part: ComponentPlan) -> str:

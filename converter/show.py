@@ -140,7 +140,7 @@ def _component_text(plan: Plan, part: ComponentPlan) -> str:
         rows.append([group.pattern, str(group.count), group.action, *sizes, letters[group.why]])
     guessed = "by name and shape" if find_target(plan.recipe.target).architectures is None else _NO_TABLE
     known = f"table for {part.architecture}" if part.architecture else guessed
-    name = part.component.name or plan.checkpoint.root.name
+    name = part.component.name or plan.checkpoint.name
     title = f"{name}: {part.component.class_name}, {_plural(len(part.shards), 'shard')} ({known})"
     notes = "\n".join(f"{letter}: {printable(reason)}" for reason, letter in letters.items())
     return f"{title}\n{format_table(rows, right=(1, 3, 4))}\n{notes}"

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.converter.decide import natural_key
+from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
-from omni_convert.formats.errors import OmniConvertError, printable
+from omni_convert.formats.errors import printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.target import TARGETS, format_kind
 from omni_convert.formats.text import format_bytes, format_db, layer_patterns, mean_db
@@ -57,12 +58,7 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
     """
     from huggingface_hub import ModelCard
 
-    manifest = read_json(folder / MANIFEST_NAME)
-    if any("weights" not in part for part in manifest["components"].values()):
-        raise OmniConvertError(
-            f"{folder / MANIFEST_NAME}: does not tell sizes, which a model card does: an older version wrote it. "
-            "Please convert again, or give a card of your own (--card)."
-        )
+    manifest = load_manifest(folder / MANIFEST_NAME)
     recipe = Recipe.from_dict(manifest["recipe"])
     kind = manifest["source"]["kind"]
     library = _library(folder, kind)

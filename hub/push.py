@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.plan import encode_json
 from omni_convert.converter.verify import verify
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
@@ -127,7 +128,7 @@ class FolderUpload:
         self.root = root
         self.oids = oids
         self.repo = repo
-        manifest = read_json(root / MANIFEST_NAME)
+        manifest = load_manifest(root / MANIFEST_NAME)
         self.base = base_of(manifest, base_model)
         _check_other(repo, self.base.repo, manifest["source"].get("repo"))
         self.methods = manifest["recipe"].get("method") or "quantized"

@@ -142,9 +142,7 @@ class HubOutlet:
         self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
         self._mark = _mark(self.work.identity)
         methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
-        self._title = (
-            target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.root.name}"
-        )
+        self._title = target.message or f"{methods} weights of {hub.listing.repo.id if hub else plan.checkpoint.name}"
         self._progress = progress
         removed = self.work.check(resume=means.resume, overwrite=means.overwrite)
         self._repo.user()

@@ -134,6 +134,9 @@ def test_unknown_class_is_one_warning(tmp_path: Path) -> None:
     assert plan_dict(planned, 0, 0)["warnings"] == list(planned.warnings)
     report = convert(source, tmp_path / "out", method="int8")
     assert json.loads(json.dumps(report.to_dict()))["warnings"] == list(planned.warnings)
+    (caution,) = read_json(tmp_path / "out" / "omni_convert.json")["cautions"]
+    assert planned.warnings[0].startswith(caution)
+    assert "--" not in caution  # what to do is for whoever converts
     assert plan(source, method="int8", target="omni-convert").warnings == ()
 
 
