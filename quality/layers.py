@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,11 @@ class Conversion:
         weights = self.other_weights + sum(math.prod(layer.shape) for layer in self.layers)
         return 8 * self.bytes_after / weights if weights else 0.0
 
-    def worst(self) -> list[Layer]:
+    @cached_property
+    def worst(self) -> tuple[Layer, ...]:
         """The layers that lost anything, lowest SQNR first."""
         lost = [layer for layer in self.quantized if layer.error]
-        return sorted(lost, key=lambda layer: (-layer.error, natural_key(layer.full_name)))
+        return tuple(sorted(lost, key=lambda layer: (-layer.error, natural_key(layer.full_name))))
 
 
 def read_conversion(out: str | os.PathLike[str]) -> Conversion:

@@ -92,7 +92,7 @@ class LayerReport:
             ("layers", f"{len(done.quantized)} quantized, {kept} kept"),
             ("mean SQNR", format_db(self.mean_sqnr_db)),
         ]
-        rows += [("lowest SQNR", format_db(done.worst()[0].sqnr_db or 0.0))] if done.worst() else []
+        rows += [("lowest SQNR", format_db(done.worst[0].sqnr_db or 0.0))] if done.worst else []
         return rows + ([("time", f"{self.seconds:.1f} s")] if self.seconds is not None else [])
 
     def to_dict(self) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def report(
     return LayerReport(
         conversion=done,
         statistics=statistics,
-        details=tuple(_detail(layer, done, codes, statistics) for layer in done.worst()[:WORST]),
+        details=tuple(_detail(layer, done, codes, statistics) for layer in done.worst[:WORST]),
         curve=tuple(_curve(done, groups)),
         outputs=outputs,
         origin=origin,
@@ -234,7 +234,7 @@ def _worst_groups(done: Conversion) -> list[list[Layer]]:
     groups: dict[tuple[str, str], list[Layer]] = defaultdict(list)
     for layer in done.quantized:
         groups[layer.component, layer.group].append(layer)
-    return [groups[place] for place in dict.fromkeys((layer.component, layer.group) for layer in done.worst())]
+    return [groups[place] for place in dict.fromkeys((layer.component, layer.group) for layer in done.worst)]
 
 
 def _curve(done: Conversion, groups: Sequence[Sequence[Layer]]) -> Iterable[Step]:

@@ -60,7 +60,7 @@ def test_layer(out: Path) -> None:
 
 def test_worst_are_those_of_the_report(qwen_image: Path, tmp_path: Path) -> None:
     report = omni_convert.convert(qwen_image, tmp_path / "out", method="mxfp4", target="omni-convert")
-    worst = read_conversion(tmp_path / "out").worst()
+    worst = read_conversion(tmp_path / "out").worst
     assert [round(layer.sqnr_db or 0, 2) for layer in worst] == sorted(round(db, 2) for db in report.sqnr_db.values())
 
 
@@ -78,7 +78,7 @@ def test_exact_layers_lost_nothing(out: Path, tmp_path: Path) -> None:
     conversion = read_conversion(copy)
     (layer,) = [layer for layer in conversion.layers if f"{layer.name}.weight" == QUERY]
     assert (layer.sqnr_db, layer.error) == (math.inf, 0.0)
-    assert layer not in conversion.worst() and len(conversion.worst()) == len(conversion.quantized) - 1
+    assert layer not in conversion.worst and len(conversion.worst) == len(conversion.quantized) - 1
 
 
 @pytest.mark.parametrize(
