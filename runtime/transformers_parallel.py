@@ -8,6 +8,7 @@ rank holds ordinary tensors, and needs no process group before it runs.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,8 @@ from omni_convert.runtime.parallel import (
     split_linears,
 )
 
+_log = logging.getLogger(__name__)
+
 _LINEARS = {  # dim, is_closed, how many blocks fill it
     "colwise": (0, False, 1),
     "packed_colwise": (0, False, 2),
@@ -48,20 +51,21 @@ def split_model(model: Any, rank: Rank) -> dict[str, Split]:
     """Replace what the plan of ``model``, which has no weights yet, names by a rank's part of it.
 
     Returns tensor name -> how it is split, of every tensor of which a rank holds a part; of an expert's weights with
-    dimensions counted from the end. Empty: the model has no plan, and is one of several in a pipeline.
+    dimensions counted from the end. Empty: it cannot be split, and is one of several models in a pipeline.
 
     Raises:
         OmniConvertError: it has no plan, or one with a style that is not known here; heads cannot be divided by the
             number of ranks; or a cut falls between weights that share a scale.
     """
-    modules, experts = _splits(model, rank)
-    if not modules and not experts and not rank.in_pipeline:
-        raise OmniConvertError(
-            f"{type(model).__name__}: has no plan for tensor parallelism, expected one in its class or config (as of "
-            "Llama, Qwen and Mistral). Load it on one device, without tp_size."
-        )
+    try:
+        modules, experts = _splits(model, rank)
+        _check(model, modules, experts, rank)
+    except OmniConvertError as error:
+        if not rank.in_pipeline:
+            raise
+        _log.warning("every rank holds all of a %s (%s)", type(model).__name__, error)
+        return {}
     linears = {name: split for name, split in modules.items() if isinstance(model.get_submodule(name), nn.Linear)}
-    _check_heads(model, linears, rank)
     split_linears(model, linears, rank)
     for name in modules.keys() - linears.keys():
         _split_embedding(model.get_submodule(name), modules[name], rank)
@@ -135,24 +139,38 @@ def _can_split(module: nn.Module, split: Split, rank: Rank) -> bool:
     return True
 
 
-def _check_heads(model: nn.Module, splits: Mapping[str, Split], rank: Rank) -> None:
+def _check(model: nn.Module, modules: Mapping[str, Split], experts: Mapping[str, Split], rank: Rank) -> None:
+    """Raises:
+    OmniConvertError: nothing is split, or something cannot be.
+    """
+    if not modules and not experts:
+        raise OmniConvertError(
+            f"{type(model).__name__}: has no plan for tensor parallelism, expected one in its class or config (as of "
+            "Llama, Qwen and Mistral). Load it on one device, without tp_size."
+        )
+    for name, split in experts.items():
+        check_split(name, None, split, rank)
+    for name, split in modules.items():
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear) and not split.is_closed:
+            _check_heads(name, module, split.dim, model.get_submodule(name.rpartition(".")[0]), rank)
+        check_split(name, format_of(module), split, rank)
+
+
+def _check_heads(name: str, linear: nn.Linear, dim: int, attention: nn.Module, rank: Rank) -> None:
     """Raises:
     OmniConvertError: an attention's heads cannot be divided by the number of ranks.
     """
-    for name in splits:
-        attention = model.get_submodule(name.rpartition(".")[0])
-        size = getattr(attention, "head_dim", None)
-        if not isinstance(size, int) or splits[name].is_closed:
-            continue
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        heads = (linear.out_features, linear.in_features)[splits[name].dim] // size
-        queries = getattr(getattr(attention, "config", None), "num_attention_heads", heads)
-        for count in (heads, queries):
-            if count % rank.size:
-                raise OmniConvertError(
-                    f"{name}: has {count} heads, expected a multiple of tp_size, which is {rank.size}. Use fewer ranks."
-                )
+    size = getattr(attention, "head_dim", None)
+    if not isinstance(size, int):
+        return
+    heads = (linear.out_features, linear.in_features)[dim] // size
+    queries = getattr(getattr(attention, "config", None), "num_attention_heads", heads)
+    for count in (heads, queries):
+        if count % rank.size:
+            raise OmniConvertError(
+                f"{name}: has {count} heads, expected a multiple of tp_size, which is {rank.size}. Use fewer ranks."
+            )
 
 
 class _VocabularyPart:
@@ -188,7 +206,6 @@ def _split_embedding(module: nn.Module, split: Split, rank: Rank) -> None:
 def _split_experts(model: nn.Module, splits: Mapping[str, Split], rank: Rank) -> None:
     """Make modules with the weights of all experts (experts, N, K) a rank's part of them. ``splits``: by weight."""
     for name, split in splits.items():
-        check_split(name, None, split, rank)
         parent, _, own = name.rpartition(".")
         weight, shape = model.get_parameter(name), list(model.get_parameter(name).shape)
         shape[split.dim] //= rank.size

@@ -16,10 +16,13 @@ import transformers
 from kinds import CHOICES
 from quantized import as_bytes
 from ranks import Job, convert, run_ranks
+from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
 import omni_convert
 from omni_convert import OmniConvertError
 from omni_convert.runtime.linear import QuantizedLinear
+from omni_convert.runtime.parallel import Split
+from omni_convert.runtime.transformers_parallel import check_merged
 
 INPUTS = {"input_ids": torch.arange(3, 51, 3).reshape(2, 8)}
 SMALL: dict[str, Any] = {
@@ -149,6 +152,27 @@ def test_cuts_and_plans_that_do_not_fit_are_named(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "base_model_tp_plan": {"layers.*.mlp": "made_up"}}))
     with pytest.raises(OmniConvertError, match=r"has 'made_up' for model.layers.0.mlp, LlamaMLP, expected one of"):
         omni_convert.load(folder, tp_rank=0, tp_size=2)
+
+
+def test_what_a_pipeline_cannot_split_is_held_whole(
+    qwen_image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its text encoder has three heads."""
+    folder = tmp_path / "pipe"
+    omni_convert.convert(qwen_image, folder, method="fp8", target="omni-convert", components=["text_encoder"])
+    with pytest.raises(OmniConvertError, match="q_proj: has 3 heads, expected a multiple of tp_size, which is 2"):
+        omni_convert.load(folder / "text_encoder", tp_rank=0, tp_size=2)
+    found, whole = (omni_convert.load(folder, **ranks).text_encoder for ranks in ({"tp_rank": 0, "tp_size": 2}, {}))
+    assert "every rank holds all of a Qwen2_5_VL" in caplog.text
+    assert whole_names(found.state_dict(), whole) == {n for n, v in whole.state_dict().items() if v.ndim > 1}
+
+
+def test_what_is_rearranged_is_not_split() -> None:
+    model, splits = torch.nn.Linear(4, 4), {"experts.down": Split(-1, (4,))}
+    check_merged(model, "experts.down", WeightConverter("down", "down", [MergeModulelist()]), splits)
+    check_merged(model, "experts.up", WeightConverter("up", "up", [Transpose(0, 1)]), splits)
+    with pytest.raises(OmniConvertError, match=r"rearranges experts.down .*\(Transpose\), expected a tensor"):
+        check_merged(model, "experts.down", WeightConverter("down", "down", [Transpose(0, 1)]), splits)
 
 
 _LOAD = """
