@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.converter.choice import Alternatives, Choice
+from omni_convert.converter.choice import Alternatives, Choice, check_conditions
 from omni_convert.converter.choose import Conditions, parse_conditions
 from omni_convert.converter.execute import DEFAULT_MEMORY, Settings, shrink
 from omni_convert.converter.files import processors
@@ -92,8 +92,11 @@ class Analysis:
         return Alternatives(self.methods, self.plans, self.errors)
 
     def curve(self, points: int = 20) -> list[Choice]:
-        """The best choices within shares of the source's bytes, evenly from the smallest possible up to 1."""
-        smallest = Fraction(self.alternatives.choose(Conditions()).bytes_after, self.plans[0].bytes_before)
+        """The best choices within shares of the source's bytes, evenly from the smallest possible up to 1; none where
+        no method makes it smaller."""
+        smallest = Fraction(self.alternatives.smallest, self.plans[0].bytes_before)
+        if smallest >= 1:
+            return []
         shares = (smallest + (1 - smallest) * place / points for place in range(points))
         return [self.alternatives.choose(Conditions(size=share)) for share in shares]
 
@@ -149,6 +152,8 @@ def analyze(
     methods: Sequence[str] = (),
     quantization: Spec = None,
     *,
+    auto_ignore: str | None = None,
+    budget: str | None = None,
     threads: int | None = None,
     memory: int | None = None,
     progress: bool = False,
@@ -164,6 +169,8 @@ def analyze(
         methods: as ``formats.quant_config.parse_method`` reads them: ``fp8``, ``fp8:channel``, ``mxfp4:balanced``;
             by default ``DEFAULT_METHODS``, without those that the target cannot load.
         quantization: in place of ``methods``, as ``convert`` takes it.
+        auto_ignore, budget: what ``Analysis.choose`` will be asked for: what is wrong with them is said before any
+            weight is read, as far as headers tell.
         threads: default: the processors this process may use.
         memory: bytes that this may take beyond the libraries; default 400 MiB.
         progress: show a progress bar on stderr (if it is a terminal).
@@ -173,8 +180,11 @@ def analyze(
         OmniConvertError: names what is wrong and what to do.
     """
     started = time.perf_counter()
+    conditions = parse_conditions(auto_ignore, budget)
     found, refused = _plans(source, methods, quantization, choices)
     plans = tuple(found.values())
+    if conditions:
+        check_conditions(tuple(found), plans, conditions)
     settings = _settings(plans, threads, memory)
     checkpoint = plans[0].checkpoint
     with (
@@ -211,7 +221,8 @@ def choose(
     if not methods:
         make_recipe(quantization=quantization, **choices)  # a conversion has no methods by default
     found = analyze(
-        source, methods, quantization, threads=threads, memory=memory, progress=progress, **choices
+        source, methods, quantization, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory,
+        progress=progress, **choices,
     )  # fmt: skip
     return found.choose(auto_ignore=auto_ignore, budget=budget)
 

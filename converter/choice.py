@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from typing import NamedTuple
 
 from omni_convert.converter.choice_recipe import Formats, UnitName, chosen_plan
 from omni_convert.converter.choose import Conditions, Option, SizeError, Unit, choose, total_error, total_size
+from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.measure import Errors
 from omni_convert.converter.plan import Plan, TensorPlan
 from omni_convert.formats.errors import UsageError
 from omni_convert.formats.target import find_target
 
+_NOTHING = "allows to keep everything as it is. Give less."
 KEEP = -1
 """In place of a plan's number: the unit stays as it is."""
 
@@ -110,9 +113,24 @@ class Alternatives:
         Raises:
             UsageError: no choice holds the conditions, or the one that does quantizes nothing.
         """
+        return self._best(conditions, self._sets)
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the smallest choice there is."""
+
+        def size(numbers: Sequence[int]) -> int:
+            found = ([options[number].size for number in (KEEP, *numbers) if number in options] for options in units)
+            return sum(map(min, found))
+
+        units = self._options.values()
+        return self._fixed + min(map(size, self._sets))
+
+    @property
+    def _sets(self) -> list[Sequence[int]]:
+        """The plans that one choice may take from."""
         numbers = range(len(self.plans))
-        sets: Iterable[Sequence[int]] = [numbers] if self.mixes else [(number,) for number in numbers]
-        return self._best(conditions, sets)
+        return [numbers] if self.mixes else [(number,) for number in numbers]
 
     def alone(self, number: int) -> Choice:
         """One plan as it is, with nothing kept beyond what it keeps."""
@@ -152,8 +170,10 @@ class Alternatives:
 
     def _nothing(self, conditions: Conditions) -> str:
         """Why nothing would be quantized."""
+        if self.smallest >= self.plans[0].bytes_before:
+            return f"{conditions}: no method makes any of the model smaller. Convert without it."
         if conditions.sqnr is None:
-            return f"{conditions}: allows to keep everything as it is. Give less."
+            return f"{conditions}: {_NOTHING}"
         best = max(option.sqnr_db for options in self._options.values() for option in options.values() if option.error)
         return f"{conditions}: no layer has that, the best has {best:.2f} dB. Give less, or other --methods."
 
@@ -169,6 +189,18 @@ class Alternatives:
         members = self._members[name]
         formats = {one[0].layer: None if number == KEEP else one[number].decision.format for one in members}
         return ChosenUnit(name, formats, _weights(members), self._options[name], number)
+
+
+def check_conditions(methods: tuple[str, ...], plans: Sequence[Plan], conditions: Conditions) -> None:
+    """Refuse what no choice can hold, or only one that quantizes nothing, as far as headers tell.
+
+    Raises:
+        UsageError: says which.
+    """
+    if conditions == Conditions(size=Fraction(1)):
+        raise UsageError(f"{conditions}: {_NOTHING}")
+    unknown = defaultdict[tuple[str, str], LayerError](lambda: LayerError(signal=0.0, noise=0.0))
+    Alternatives(methods, plans, [unknown] * len(plans)).choose(replace(conditions, sqnr=None))
 
 
 def _find_members(plans: Sequence[Plan]) -> dict[UnitName, list[tuple[TensorPlan, ...]]]:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Context, Decimal, localcontext
 from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
@@ -169,8 +170,10 @@ def _number(flag: str, text: str | None, pattern: re.Pattern[str], expected: str
     return Fraction(match[1])
 
 
-def _decimal(number: Fraction | None) -> str:
-    return f"{float(number or 0):g}"
+def _decimal(number: Fraction) -> str:
+    """All digits of what was typed as a decimal."""
+    with localcontext(Context(prec=100)):
+        return f"{Decimal(number.numerator) / number.denominator:f}"
 
 
 def _rounded_up(part: int, whole: int) -> str:

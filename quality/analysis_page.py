@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from omni_convert.converter.analyze import Analysis
 from omni_convert.converter.choice import KEEP, Choice
+from omni_convert.formats.quant_config import NONE, method_text
 from omni_convert.formats.text import format_bytes, format_db
 from omni_convert.quality import html
 from omni_convert.quality.html import Column
@@ -27,7 +28,7 @@ def analysis_page(analysis: Analysis, choice: Choice | None = None) -> str:
         html.header(f"What methods would cost {analysis.name}", *lines),
         html.facts(_figures(analysis)),
         *([_chosen(choice)] if choice else []),
-        _sizes(analysis),
+        *_sizes(analysis),
         _layers(analysis),
     ]
     return html.page(f"{analysis.name}: methods compared", *sections)
@@ -61,8 +62,10 @@ def _chosen(choice: Choice) -> str:
     return html.section(f"Chosen by {choice.conditions}", html.paragraph(said), html.table("chosen", columns, rows))
 
 
-def _sizes(analysis: Analysis) -> str:
+def _sizes(analysis: Analysis) -> Iterator[str]:
     curve = analysis.curve()
+    if not curve:
+        return
     said = (
         "The best choice within every size: error is noise over signal, averaged over all weights that might be "
         "quantized, in dB (higher is better). Rings: each method with nothing kept."
@@ -81,11 +84,29 @@ def _sizes(analysis: Analysis) -> str:
         ]
         for choice in curve
     ]
-    command = ["omni-convert", "--methods", ",".join(analysis.methods), "--target", analysis.plans[0].recipe.target]
     middle = f"size<={math.ceil(curve[len(curve) // 2].share * 1000) / 1000:g}"
-    line = f"{shlex.join(command)} --budget {shlex.quote(middle)} MODEL OUT"
-    parts = (html.paragraph(said), _chart(analysis, curve), html.copyable(line), html.table("sizes", columns, rows))
-    return html.section("What a size costs", *parts)
+    options = _options(analysis)
+    command = [html.copyable(f"{shlex.join([*options, '--budget', middle])} MODEL OUT")] if options else []
+    parts = (html.paragraph(said), _chart(analysis, curve), *command, html.table("sizes", columns, rows))
+    yield html.section("What a size costs", *parts)
+
+
+def _options(analysis: Analysis) -> list[str]:
+    """The conversion that chooses from the same; empty if options cannot say it: components differ."""
+    recipe = analysis.plans[0].recipe
+    methods = [{method_text(part.format) for part in plan.recipe.parts.values()} for plan in analysis.plans]
+    rules, *others = ((part.layers, part.ignored_layers) for part in recipe.parts.values())
+    if any(other != rules for other in others) or any(len(names) > 1 for names in methods):
+        return []
+    found = ["omni-convert", "--methods", ",".join(name for (name,) in methods), "--target", recipe.target]
+    for flag, values in (
+        ("--component", recipe.components),
+        ("--layer", [f"{rule.name}={method_text(rule.format) if rule.format else NONE}" for rule in rules[0]]),
+        ("--ignore", rules[1]),
+    ):
+        found += [text for value in values for text in (flag, value)]
+    found += [] if recipe.default_ignore else ["--no-default-ignore"]
+    return found + (["--ignore-whole-group"] if recipe.ignore_whole_group else [])
 
 
 def _layers(analysis: Analysis) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omni_convert.converter.checkpoint import open_component
 from omni_convert.formats.errors import printable
+from omni_convert.formats.quant_config import NONE
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
 from omni_convert.quality.fused import own_pattern
 from omni_convert.quality.layers import Conversion, Layer, read_conversion
@@ -266,8 +267,17 @@ def _detail(
         limit=limit,
         after=histogram(values, limit),
         scales=tuple(own.scales()),
-        keep=f"--ignore {shlex.quote(keeping_pattern(layer, done))}",
+        keep=_keeping_option(layer, done),
     )
+
+
+def _keeping_option(layer: Layer, done: Conversion) -> str:
+    """Of a layer that has its format by a rule, it is another rule: these go before ``--ignore``."""
+    pattern = keeping_pattern(layer, done)
+    group = (one for one in done.layers if (one.component, one.group) == (layer.component, layer.group))
+    if any(one.reason.startswith("--layer ") for one in group):
+        return f"--layer {shlex.quote(f'{pattern}={NONE}')}"
+    return f"--ignore {shlex.quote(pattern)}"
 
 
 def keeping_pattern(layer: Layer, done: Conversion) -> str:

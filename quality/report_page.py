@@ -41,8 +41,8 @@ def _worst(report: LayerReport) -> str:
     lead = (
         "Filled: the weights before. Line: after, dequantized. Heights are logarithmic, so that single outliers show. "
         "Of a sample of rows; errors are of all weights. The line below each layer keeps it as it is in the source: "
-        "add it to the command of the next conversion. What other methods would cost it, omni-convert analyze MODEL "
-        "measures."
+        "add it to the command of the next conversion, a --layer before all others. What other methods would cost it, "
+        "omni-convert analyze MODEL measures."
     )
     cards = "".join(_card(detail, report, shades) for detail in report.details)
     return html.section("The worst layers", html.paragraph(lead), f'<div class="cards">{cards}</div>')

@@ -49,6 +49,17 @@ def test_a_recipe_is_written_and_converted_with(omni_convert: Command, source: P
     assert snapshot(tmp_path / "replayed") == snapshot(tmp_path / "chosen")
 
 
+def test_an_analysis_outlives_a_choice_that_cannot_be_made(omni_convert: Command, source: Path, tmp_path: Path) -> None:
+    page, recipe = tmp_path / "page.html", tmp_path / "choice.yaml"
+    asked = ("--methods", "int8", "--auto-ignore", "sqnr>=900", "-o", page, "--recipe-out", recipe)
+    result = omni_convert("analyze", source, *asked)
+    assert result.code == 2
+    assert '"sqnr>=900": no layer has that, the best has' in result.stderr
+    assert "... and 4 more (--json lists all)" in result.stdout
+    assert "transformer_blocks.1" in page.read_text()
+    assert not recipe.exists()
+
+
 def test_a_dry_run_chooses_too(omni_convert: Command, source: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     asked = ("--method", "int8", "--budget", "size<=0.7", "--dry-run")

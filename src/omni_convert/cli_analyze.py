@@ -88,13 +88,18 @@ def analyze(
         if path:
             check_place(path, option, outside=[model])
     found = analyze_model(
-        model, methods, threads=threads, memory=memory, progress=True, layers=layers, ignore=ignore,
-        ignore_whole_group=ignore_whole_group, components=components, target=target,
+        model, methods, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory, progress=True,
+        layers=layers, ignore=ignore, ignore_whole_group=ignore_whole_group, components=components, target=target,
         default_ignore=not no_default_ignore,
     )  # fmt: skip
     for warning in dict.fromkeys(warning for plan in found.plans for warning in plan.warnings):
         click.echo(f"Warning: {warning}", err=True)
-    choice = found.choose(auto_ignore=auto_ignore, budget=budget) if conditions else None
+    choice = refused = None
+    if conditions:
+        try:
+            choice = found.choose(auto_ignore=auto_ignore, budget=budget)
+        except UsageError as error:
+            refused = error  # what was measured is shown first
     if output:
         from omni_convert.quality.analysis_page import analysis_page
 
@@ -106,3 +111,5 @@ def analyze(
     else:
         chosen = [choice_text(choice), recipe_yaml(choice).rstrip()] if choice else []
         print_result("\n\n".join([analysis_text(found), *chosen]))
+    if refused:
+        raise refused

@@ -142,6 +142,31 @@ def test_nothing_is_read_before_when_a_weight_is_in_hand(source: Path, reads: Co
     assert set(reads.values()) == {1}
 
 
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [("size<=0.2", r"the smallest choice takes \d+ of"), ("size<=1", "keep everything as it is")],
+)
+def test_what_headers_refuse_costs_no_pass(
+    source: Path, tmp_path: Path, reads: Counter[tuple[str, int]], budget: str, expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        analyze(source, ["int8", "fp8"], budget=budget)
+    with pytest.raises(UsageError, match=expected):
+        convert(source, tmp_path / "out", methods=["int8", "fp8"], budget=budget)
+    with pytest.raises(UsageError, match="expected sqnr>=DECIBELS"):
+        analyze(source, auto_ignore="30")
+    assert not reads
+
+
+def test_methods_that_make_nothing_smaller(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", None, {"blocks.0.ff.weight": random(32, 2)})
+    found = analyze(source, ["int8"], target="omni-convert")
+    assert found.plans[0].bytes_after > found.plans[0].bytes_before
+    assert found.curve() == []
+    with pytest.raises(UsageError, match=r'"sqnr>=10": no method makes any of the model smaller'):
+        found.choose(auto_ignore="sqnr>=10")
+
+
 def test_nothing_is_written(source: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     analyze(source)

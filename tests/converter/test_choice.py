@@ -247,6 +247,12 @@ def test_the_smallest_choice_is_as_small_as_said(source: Path) -> None:
     assert float(share) - 1e-4 < choice.share <= float(share)
 
 
+def test_conditions_keep_all_their_digits(source: Path) -> None:
+    typed = "0.69570435988031043"
+    choice = analyze(source, MIXED, target="omni-convert").choose(budget=f"size<={typed}")
+    assert str(choice.conditions) == f'--budget "size<={typed}"'
+
+
 def test_methods_alone_are_no_conversion(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--methods is what to choose from"):
         convert(source, tmp_path / "out", methods=["int8"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
+import re
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import DESKTOP, PHONE, opened, overflow
@@ -69,6 +72,25 @@ def test_the_line_to_copy_runs(browser: Browser, source: Path, tmp_path: Path) -
         assert page.locator("#chosen").count() == 0
         fields = page.locator("#layers tbody tr", has_text="img_mlp").first.locator("td.number").all_inner_texts()
         assert fields[1] == "\u2013"  # kept by default with fp8
+
+
+def test_the_line_says_all_that_was_asked(source: Path) -> None:
+    asked: dict[str, Any] = {"ignore": ["txt_mlp"], "default_ignore": False, "target": "omni-convert"}
+    page = html.unescape(analysis_page(analyze(source, ["fp8", "int8"], layers=["img_mod=int8:per-channel"], **asked)))
+    line = re.search(r"omni-convert --methods .* MODEL OUT", page)
+    assert line is not None
+    words = shlex.split(line[0])
+    assert words[1:-4] == [  # then the budget, MODEL and OUT
+        "--methods", "fp8,int8", "--target", "omni-convert", "--layer", "img_mod=int8:per-channel",
+        "--ignore", "txt_mlp", "--no-default-ignore",
+    ]  # fmt: skip
+
+
+def test_a_model_that_nothing_makes_smaller(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "model", None, {"blocks.0.ff.weight": random(32, 2)})
+    page = analysis_page(analyze(source, ["int8"], target="omni-convert"))
+    assert "blocks.0.ff" in page
+    assert "What a size costs" not in page
 
 
 def test_one_layer_and_a_hostile_name(browser: Browser, tmp_path: Path) -> None:

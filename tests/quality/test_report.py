@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hostile.small import Tensor, random, to_bits, write_pipeline, write_weights
+from hostile.small import (
+    QWEN_CONFIG,
+    Tensor,
+    qwen_shards,
+    random,
+    to_bits,
+    write_pipeline,
+    write_sharded,
+    write_weights,
+)
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
@@ -19,6 +29,7 @@ import omni_convert
 from omni_convert.converter import execute as engine
 from omni_convert.converter.convert import Report
 from omni_convert.converter.jobs import Job, Worker
+from omni_convert.converter.plan import Plan
 from omni_convert.converter.statistics import histogram, sample_rows
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.quality.layers import Layer
@@ -103,9 +114,32 @@ def planned(source: Path, kind: str, line: str) -> set[str]:
     """What a line on the command keeps, compared with the conversion without it."""
     option, value = shlex.split(line)
     assert option == "--ignore"
-    plans = [omni_convert.plan(source, **METHODS[kind], ignore=ignore) for ignore in ([], [value])]  # type: ignore[arg-type]
-    formats = [{t.layer: t.decision.format and t.decision.format.name for t in plan.tensors()} for plan in plans]
+    return changed(*(omni_convert.plan(source, **METHODS[kind], ignore=ignore) for ignore in ([], [value])))  # type: ignore[arg-type]
+
+
+def changed(before: Plan, after: Plan) -> set[str]:
+    """The layers that become something else."""
+    formats = [
+        {t.layer: t.decision.format and t.decision.format.name for t in plan.tensors()} for plan in (before, after)
+    ]
     return {layer for layer, fmt in formats[0].items() if formats[1][layer] != fmt}
+
+
+def test_lines_for_layers_that_a_rule_quantizes(tmp_path: Path) -> None:
+    source = write_sharded(tmp_path / "model", [*qwen_shards(width=64)], QWEN_CONFIG)
+    asked = {"method": "int8", "target": "omni-convert"}
+    rules = ["to_k=fp8", "re:txt_mlp.*=mxfp4"]
+    omni_convert.convert(source, tmp_path / "out", **asked, layers=rules)  # type: ignore[arg-type]
+    found = report(tmp_path / "out")
+    options = Counter(shlex.split(item.keep)[0] for item in found.details)
+    assert set(options) == {"--layer", "--ignore"}
+    for item in found.details:
+        option, value = shlex.split(item.keep)
+        ignore, first = ([value], []) if option == "--ignore" else ([], [value])
+        before = omni_convert.plan(source, **asked, layers=rules)  # type: ignore[arg-type]
+        after = omni_convert.plan(source, **asked, layers=[*first, *rules], ignore=ignore)  # type: ignore[arg-type]
+        group = {layer.name for layer in found.conversion.layers if layer.group == item.layer.group}
+        assert changed(before, after) == group
 
 
 def test_lines_name_a_group_and_nothing_else(run: tuple[Path, Report], kind: str) -> None:
