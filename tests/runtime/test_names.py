@@ -109,6 +109,16 @@ def test_what_the_model_needs_of_plain_weights(
 
 
 @library
+def test_more_than_the_model_needs_of_plain_weights(
+    name: str, change: Callable[..., Path], request: pytest.FixtureRequest
+) -> None:
+    """Left to the library, which ignores it."""
+    source = request.getfixturevalue(f"{name}_plain")
+    folder = change(name, lambda tensors: tensors.update({"foo.bar.weight": torch.ones(1)}), source)
+    assert layers_of(omni_convert.load(folder, quantization="int8", target="omni-convert"))
+
+
+@library
 def test_shapes_of_what_is_not_quantized(name: str, change: Callable[..., Path]) -> None:
     key = KEPT[name]
     folder = change(name, lambda tensors: tensors.update({key: tensors[key][:-1].contiguous()}))

@@ -122,7 +122,7 @@ def test_weights_that_libraries_cast(bert_plain: Path, tmp_path: Path) -> None:
 def test_rows_in_threads_are_rows_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fmt = omni_convert.formats.make_format(**CHOICES[kind])  # type: ignore[attr-defined]
     weight = torch.randn(77, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    expected = fmt.quantize(weight, Facts(amax=float(weight.abs().max())))
+    expected, original = fmt.quantize(weight, Facts(amax=float(weight.abs().max()))), weight[70, 7].clone()
     monkeypatch.setattr("omni_convert.runtime.threads.SMALL", 0)
     for count in (1, 3, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
@@ -130,6 +130,10 @@ def test_rows_in_threads_are_rows_at_once(kind: str, monkeypatch: pytest.MonkeyP
             found = quantize_weight(given, fmt, Facts())
             assert found.keys() == expected.keys()
             assert all(torch.equal(as_bytes(found[suffix]), as_bytes(expected[suffix])) for suffix in expected)
+        weight[70, 7] = torch.nan
+        with pytest.raises(OmniConvertError, match="at row 70, column 7"):
+            quantize_weight(weight, fmt, Facts())
+        weight[70, 7] = original
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8 tensor", "fp8 block", "mxfp8"])
