@@ -41,7 +41,8 @@ class Target:
     ``formats``: kind of format -> hardware on which it loads quantized weights of that kind. ``architectures``: the
     classes whose quantizable linears are known; ``None``: any linear of any class runs. ``refused``: what it cannot
     load all the same. ``kept``: layers that stay unquantized unless asked otherwise. ``cautions``: what loads with a
-    condition. ``mixes``: whether layers of one model may have several formats.
+    condition. ``mixes``: whether layers of one model may have several formats. ``one_scale``: hardware on which
+    it reads one scale of int8 layers that it fuses.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     kept: Sequence[Rule] = ()
     cautions: Sequence[Rule] = ()
     mixes: bool = False
+    one_scale: Sequence[str] = ()
 
     def find(
         self, config: Mapping[str, object] | None, layers: Collection[str], pipeline: str | None = None
@@ -66,6 +68,11 @@ class Target:
     def knows(self, architecture: Architecture | None) -> bool:
         """Whether it is known what the engine can run of this class."""
         return self.architectures is None or architecture in self.architectures
+
+    def hardware(self, fmt: Format) -> list[str]:
+        """Where it runs weights of a format as they are meant."""
+        wrong = self.one_scale if getattr(fmt, "fused_scale", None) == "per-channel" else ()
+        return [item for item in self.formats[format_kind(fmt)] if item not in wrong]
 
     def refusal(self, architecture: str | None, kind: str) -> str | None:
         """Why the engine cannot load this kind of format for this architecture; None if it can."""
@@ -160,6 +167,7 @@ _VLLM_OMNI = Target(
         "mxfp4_dualscale": (_NPU,),
     },
     architectures=(*DIFFUSION_TABLES, *OMNI_TABLES),
+    one_scale=(_CUDA,),
     refused=(
         Rule(architectures=("SD3.5",), reason="it builds this class without a quantization config"),
         Rule(

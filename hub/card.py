@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,10 @@ from omni_convert.converter.decide import natural_key
 from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.recipe import Recipe
 from omni_convert.formats import format_label
-from omni_convert.formats.errors import printable
-from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
-from omni_convert.formats.target import TARGETS, format_kind
+from omni_convert.formats.layout import MANIFEST_NAME
 from omni_convert.formats.text import format_bytes, format_db, layer_patterns, mean_db
+from omni_convert.hub.card_loading import library_of, loading
+from omni_convert.hub.markdown import as_code, as_text
 from omni_convert.hub.metadata import CARD_NAME, make_metadata, read_metadata
 
 PICTURE_NAME = "omni_convert_sqnr.png"
@@ -34,7 +33,7 @@ class Base:
     @property
     def link(self) -> str:
         if self.repo is None:
-            return _code(self.name)
+            return as_code(self.name)
         at = f"/tree/{self.revision}" if self.revision else ""
         return f"[{self.repo}](https://huggingface.co/{self.repo}{at})"
 
@@ -60,8 +59,7 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
 
     manifest = load_manifest(folder / MANIFEST_NAME)
     recipe = Recipe.from_dict(manifest["recipe"])
-    kind = manifest["source"]["kind"]
-    library = _library(folder, kind)
+    library = library_of(folder, manifest["source"]["kind"])
     methods = list(dict.fromkeys(fmt.name for fmt in recipe.formats))
     data = make_metadata(
         read_metadata(folder / CARD_NAME), base_model=base.repo, library=library, tags=["omni-convert", *methods]
@@ -75,7 +73,7 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
         "## What it costs",
         _error_text(manifest, picture),
         "## How to load it",
-        *_loading(folder, manifest, recipe, repo_id, library),
+        *loading(folder, manifest, recipe, repo_id, library),
         "## How it was made",
         _making(manifest, base),
     ]
@@ -93,9 +91,9 @@ def base_of(manifest: Mapping[str, Any], given: str | None) -> Base:
 def _opening(manifest: Mapping[str, Any], recipe: Recipe, base: Base) -> str:
     labels = " and ".join(f"**{label}**" for label in _labels(recipe))
     parts = [name for name in manifest["components"] if name]
-    what = f"the {' and '.join(_code(name) for name in parts)} in {labels}" if parts else f"its weights in {labels}"
+    what = f"the {' and '.join(as_code(name) for name in parts)} in {labels}" if parts else f"its weights in {labels}"
     return (
-        f"This is {base.link} with {what}, converted by omni-convert {manifest['omni_convert']}. "
+        f"This is {base.link} with {what}, converted by omni-convert {as_text(manifest['omni_convert'])}. "
         "Everything else is byte for byte as it was. For what the model is, can do and may be used for, see the base "
         "model's card."
     )
@@ -106,9 +104,9 @@ def _facts(manifest: Mapping[str, Any], recipe: Recipe, base: Base) -> str:
         sum(entry["size"] for name, entry in files.items() if name.endswith(".safetensors"))
         for files in (manifest["source"]["files"], manifest["files"])
     ]
-    rows = [["Base model", base.link], ["Method", ", ".join(map(_code, _labels(recipe)))]]
+    rows = [["Base model", base.link], ["Method", ", ".join(map(as_code, _labels(recipe)))]]
     for name, part in manifest["components"].items():
-        title = f"{_code(name)}, {_code(part['class'])}" if name else _code(part["class"])
+        title = f"{as_code(name)}, {as_code(part['class'])}" if name else as_code(part["class"])
         bits = 8 * part["bytes_after"] / part["weights"]
         change = f"{format_bytes(part['bytes_before'])} → {format_bytes(part['bytes_after'])}"
         rows.append([title, f"{change}, {bits:.2f} bits per weight"])
@@ -121,10 +119,10 @@ def _facts(manifest: Mapping[str, Any], recipe: Recipe, base: Base) -> str:
 def _layer_tables(manifest: Mapping[str, Any], recipe: Recipe) -> Iterator[str]:
     for name, part in manifest["components"].items():
         if len(manifest["components"]) > 1:
-            yield f"### {_code(name)}"
+            yield f"### {as_code(name)}"
         usual = format_label(recipe.part(name).format)
         rows = [
-            [_code(pattern), str(group.count), group.stored, _range(group.sqnr_db), _plain(group.why)]
+            [as_code(pattern), str(group.count), group.stored, _range(group.sqnr_db), as_text(group.why)]
             for pattern, group in _groups(part["tensors"], usual)
         ]
         yield _table(["layers", "count", "stored as", "SQNR", "why"], rows, right=(1,))
@@ -139,7 +137,7 @@ def _groups(tensors: Mapping[str, Any], usual: str) -> list[tuple[str, _Layers]]
     for name in names:
         entry, pattern = tensors[name], patterns[name.removesuffix(".weight")]
         kept = entry["action"] == "keep"
-        stored = "unchanged" if kept else f"**{_plain(entry.get('format', usual))}**"
+        stored = "unchanged" if kept else f"**{as_text(entry.get('format', usual))}**"
         group = groups.setdefault((pattern, stored, entry["why"]), _Layers(stored, entry["why"]))
         group.count += 1
         if not kept:
@@ -176,7 +174,7 @@ def _range(values: Sequence[float]) -> str:
 
 def _error_text(manifest: Mapping[str, Any], picture: bool) -> str:
     errors = sorted(_errors(manifest), key=lambda item: (item[1], natural_key(item[0])))
-    worst = [[_code(name.removesuffix(".weight")), format_db(value)] for name, value in errors[:_WORST]]
+    worst = [[as_code(name.removesuffix(".weight")), format_db(value)] for name, value in errors[:_WORST]]
     lines = [
         "SQNR is the power of a layer's weights over the power of their error, measured on every weight while it was "
         "quantized: 6 dB are one bit. It says nothing of images, sound or text by itself; compare outputs before you "
@@ -192,52 +190,6 @@ def _error_text(manifest: Mapping[str, Any], picture: bool) -> str:
             f"{math.fsum(costs) / len(costs):.1f} dB on average."
         )
     return "\n\n".join(lines)
-
-
-def _loading(
-    folder: Path, manifest: Mapping[str, Any], recipe: Recipe, repo_id: str, library: str | None
-) -> Iterator[str]:
-    yield _natively(recipe)
-    if recipe.target == "vllm-omni" and manifest["source"]["kind"] != "file":
-        yield f"vLLM-Omni, without any quantization option:\n\n```bash\nvllm serve {repo_id} --omni\n```"
-    if call := _from_pretrained(folder, manifest, repo_id, library):
-        title = {"diffusers": "Diffusers", "transformers": "Transformers"}[str(library)]
-        yield f"{title}, with omni-convert installed:\n\n```python\n{call}\n```"
-    yield f'omni-convert itself:\n\n```python\nimport omni_convert\n\nmodel = omni_convert.load("{repo_id}")\n```'
-
-
-def _natively(recipe: Recipe) -> str:
-    """Which engine has these formats, on which hardware; the target comes first."""
-    target = TARGETS[recipe.target]
-    kinds = [format_kind(fmt) for fmt in recipe.formats]
-    common = [item for item in target.formats[kinds[0]] if all(item in target.formats[kind] for kind in kinds)]
-    return f"Converted for {target.title}, which loads it on {' and '.join(common)} without more."
-
-
-def _from_pretrained(folder: Path, manifest: Mapping[str, Any], repo_id: str, library: str | None) -> str | None:
-    """The library's own call, of the class that the config names."""
-    if library is None:
-        return None
-    pipeline = library == "diffusers" and (folder / PIPELINE_INDEX).is_file()
-    name = "DiffusionPipeline" if pipeline else next(iter(manifest["components"].values()))["class"]
-    if not name.isidentifier():
-        return None
-    dtype = "torch_dtype" if library == "diffusers" else "dtype"
-    return (
-        f"import torch\nfrom {library} import {name}\n\nimport omni_convert\n\n"
-        f'model = {name}.from_pretrained("{repo_id}", {dtype}=torch.bfloat16)'
-    )
-
-
-def _library(folder: Path, kind: str) -> str | None:
-    """Whose layout the folder has, as its files say."""
-    if kind == "pipeline":
-        return "diffusers"
-    path = folder / CONFIG_NAME
-    config = read_json(path) if path.is_file() else {}
-    if "_class_name" in config:
-        return "diffusers"
-    return "transformers" if "architectures" in config or "model_type" in config else None
 
 
 def _making(manifest: Mapping[str, Any], base: Base) -> str:
@@ -258,13 +210,3 @@ def _labels(recipe: Recipe) -> list[str]:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     rule = ["---:" if column in right else "---" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows))
-
-
-def _code(text: str) -> str:
-    """Text of a file as code in a cell; it can end neither."""
-    return f"`{printable(text).replace('`', chr(39)).replace('|', chr(92) + '|')}`"
-
-
-def _plain(text: str) -> str:
-    """Text of a file as text in a cell, without meaning to Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!~&])", r"\\\1", printable(text, 300))
