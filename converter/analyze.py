@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni_convert.converter import convert
 from omni_convert.converter.choice import Alternatives, Choice, check_conditions
 from omni_convert.converter.choose import Conditions, parse_conditions
 from omni_convert.converter.execute import DEFAULT_MEMORY, Settings, shrink
@@ -179,14 +181,23 @@ def analyze(
     Raises:
         OmniConvertError: names what is wrong and what to do.
     """
-    started = time.perf_counter()
     conditions = parse_conditions(auto_ignore, budget)
+    return _analyze(source, methods, quantization, conditions, threads, memory, None, progress, choices)
+
+
+def _analyze(
+    source: str | os.PathLike[str], methods: Sequence[str], quantization: Spec, conditions: Conditions | None,
+    threads: int | None, memory: int | None, scratch: Path | None, progress: bool, choices: Choices,
+) -> Analysis:  # fmt: skip
+    started = time.perf_counter()
     found, refused = _plans(source, methods, quantization, choices)
     plans = tuple(found.values())
     if conditions:
         check_conditions(tuple(found), plans, conditions)
     settings = _settings(plans, threads, memory)
     checkpoint = plans[0].checkpoint
+    if checkpoint.hub:
+        checkpoint.hub.prepare(scratch, (), compares=False)
     with (
         naming(checkpoint),
         fetching(checkpoint, list(plans[0].shards), show=progress),
@@ -212,19 +223,34 @@ def choose(
     budget: str | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    scratch: Path | None = None,
     progress: bool = False,
     **choices: Unpack[Choices],
 ) -> Choice:
-    """``analyze`` for a conversion, then ``Analysis.choose``; what is wrong with the conditions is found before."""
-    if parse_conditions(auto_ignore, budget) is None:
+    """``analyze`` for a conversion, then ``Analysis.choose``; what is wrong with the conditions is found before.
+
+    ``scratch``: where downloads are kept until their layers are measured; None for the Hub cache.
+    """
+    conditions = parse_conditions(auto_ignore, budget)
+    if conditions is None:
         raise UsageError("--methods is what to choose from, expected --auto-ignore or --budget beside it.")
     if not methods:
         make_recipe(quantization=quantization, **choices)  # a conversion has no methods by default
-    found = analyze(
-        source, methods, quantization, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory,
-        progress=progress, **choices,
-    )  # fmt: skip
+    found = _analyze(source, methods, quantization, conditions, threads, memory, scratch, progress, choices)
     return found.choose(auto_ignore=auto_ignore, budget=budget)
+
+
+def chosen_plan(
+    source: str | os.PathLike[str], quantization: Spec, methods: Sequence[str], auto_ignore: str | None,
+    budget: str | None, choices: Choices, **means: Any,
+) -> Plan:  # fmt: skip
+    """The plan of a conversion: by ``choose``, which takes ``means``, if there is something to choose, else from
+    headers alone."""
+    if methods or auto_ignore is not None or budget is not None:
+        return choose(
+            source, quantization, methods=methods, auto_ignore=auto_ignore, budget=budget, **means, **choices
+        ).plan
+    return convert.plan(source, quantization, **choices)
 
 
 def _settings(plans: Sequence[Plan], threads: int | None, memory: int | None) -> Settings:

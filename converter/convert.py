@@ -128,7 +128,7 @@ def convert(
         durable: have the disk confirm every file, so that a loss of power cannot take what looks complete.
         overwrite: replace what ``out`` holds, also the unfinished output of this job.
         resume: go on with unfinished output, and stop if there is none.
-        hash_source: record the sha256 of every source file.
+        hash_source: record the sha256 of every source file; what the Hub cache holds of them is compared with it.
         engine: who does the work: ``local``, this process, or ``ray``, the Ray cluster that RAY_ADDRESS names or that
             runs on this machine.
         statistics: gather what ``report`` tells of every layer, while its weights pass by.
@@ -151,6 +151,8 @@ def convert(
         OmniConvertError: names what is wrong and what to do. Files of ``out`` that are finished are kept for the next
             run of this job, without ``config.json`` and index; if there are none, ``out`` is as it was, or empty.
     """
+    from omni_convert.converter.analyze import chosen_plan
+
     started = time.perf_counter()
     if str(out).startswith("hub:"):
         raise UsageError(f"{out}: is a repository, expected a folder. Call omni_convert.convert_to_hub.")
@@ -158,16 +160,10 @@ def convert(
         threads=threads, memory=memory, device=device, link=link, durable=durable, overwrite=overwrite, resume=resume,
         hash_source=hash_source, engine=engine, statistics=statistics,
     )  # fmt: skip
-    if methods or auto_ignore is not None or budget is not None:
-        from omni_convert.converter.analyze import choose
-
-        own = threads if engine == ENGINES[0] else None  # those of tasks do not count here
-        planned = choose(
-            source, quantization, methods=methods, auto_ignore=auto_ignore, budget=budget, threads=own, memory=memory,
-            progress=progress, **choices,
-        ).plan  # fmt: skip
-    else:
-        planned = plan(source, quantization, **choices)
+    own = threads if engine == ENGINES[0] else None  # those of tasks do not count here
+    planned = chosen_plan(
+        source, quantization, methods, auto_ignore, budget, choices, threads=own, memory=memory, progress=progress
+    )
     return run(planned, Path(out), means, progress=progress, started=started)
 
 
@@ -227,7 +223,7 @@ def _run(plan: Plan, out: Path, means: Means, progress: bool, started: float, ou
     hashing_threads = processors() if means.engine == "ray" else settings.threads  # this process does that alone
     folder = _output_folder(plan, out, means)
     try:
-        folder.check(_disk_bytes(plan, means, kept=outlet is None))
+        folder.check(_disk_bytes(plan, means, kept=outlet is None), kept=outlet is None)
         elsewhere = outlet.there if outlet else {}
         kept = sum(record.size for name, record in folder.records.items() if name not in elsewhere)
         with progress_bar("check", kept, show=progress and kept > 0) as advance:
@@ -280,15 +276,20 @@ def _engine(name: str) -> Callable[..., None]:
 
 def refusal(plan: Plan, out: Path, means: Means) -> str | None:
     """Why ``run`` would refuse to write this plan to ``out`` now; None if it would not."""
-    from omni_convert.converter.execute import on_device
-
     try:
-        with naming(plan.checkpoint):
-            on_device(plan, means.settings(plan))
-            _output_folder(plan, out, means).check(_disk_bytes(plan, means, kept=True))
+        check(plan, out, means)
     except (OmniConvertError, OSError) as error:
         return str(error)
     return None
+
+
+def check(plan: Plan, out: Path, means: Means, *, kept: bool = True) -> None:
+    """Raises what keeps ``run`` from writing this plan to ``out`` now. ``kept``: without an outlet."""
+    from omni_convert.converter.execute import on_device
+
+    with naming(plan.checkpoint):
+        on_device(plan, means.settings(plan))
+        _output_folder(plan, out, means).check(_disk_bytes(plan, means, kept=kept), kept=kept)
 
 
 def needs(plan: Plan, means: Means, *, kept: bool = True) -> tuple[int, int]:
@@ -313,8 +314,9 @@ def _output_folder(plan: Plan, out: Path, means: Means) -> OutputFolder:
     if means.resume and means.overwrite:
         raise UsageError("--resume goes on with what is there, --overwrite begins anew. Give one of them.")
     if plan.checkpoint.hub:
-        refused = {"--link": means.link, "--engine ray": means.engine == "ray"}
-        plan.checkpoint.hub.prepare(means.scratch, [option for option, given in refused.items() if given])
+        given = {"--link": means.link, "--engine ray": means.engine == "ray"}
+        refused = [option for option in given if given[option]]
+        plan.checkpoint.hub.prepare(means.scratch, refused, compares=means.hash_source)
     return OutputFolder(
         plan, out, job_identity(plan), overwrite=means.overwrite, resume=means.resume, durable=means.durable
     )

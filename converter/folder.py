@@ -95,8 +95,10 @@ class OutputFolder:
             for group, value in self.records[name].largest.items()
         }
 
-    def check(self, needed: int) -> None:
-        """Everything that can be refused before a byte is written. ``needed``: bytes that the folder will take.
+    def check(self, needed: int, *, kept: bool) -> None:
+        """Everything that can be refused before a byte is written.
+
+        ``needed``: bytes that the folder will take. ``kept``: whether what is written stays there.
 
         Raises:
             OmniConvertError: the folder holds something else, overlaps the source, or the disk is too small.
@@ -105,16 +107,18 @@ class OutputFolder:
         self._check_obstacles()
         self._check_contents()
         hub, disk = self.plan.checkpoint.hub, _existing_parent(self.path)
-        downloads = hub.downloads.claim(disk, self.missing) if hub else 0
-        needed += downloads
+        needed += hub.downloads.claim(disk, self.missing) if hub else 0
         replaced = [self.path / name for name in (*self.files, *self._stale)]
         reusable = sum(map(freed_bytes, (*replaced, *self._partial_files())))
         free = shutil.disk_usage(disk).free
         if needed > free + reusable:
-            what = "the output and the downloads take" if downloads else "the output takes"
+            what = "the output and the downloads take" if hub else "the output takes"
+            remedy = "choose another disk" if kept else "have the work on another disk (--work)"
+            if kept and not hub:
+                remedy += ", or use --link for the files that only move"
             raise OmniConvertError(
                 f"{self.path}: {what} {needed} bytes, but the disk has {free} free. Free "
-                f"{needed - free - reusable} bytes, choose another disk, or use --link for the files that only move."
+                f"{needed - free - reusable} bytes, or {remedy}."
             )
 
     def take(self, threads: int, progress: Callable[[int], object], elsewhere: Mapping[str, str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Condition, Event, Thread
@@ -20,8 +21,11 @@ from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError, SourceError
 from omni_convert.formats.header import hash_header
 
+_log = logging.getLogger(__name__)
 _AHEAD = 2
 """Files that are downloaded before anybody asked for them."""
+_SMALL = 16 << 20
+"""Bytes up to which a file of the Hub cache is always compared with its hash: it takes some milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Downloads:
     """The files of a listing. While ``running``, a thread fetches them in order, at most a few before they are used.
 
     ``scratch``: where files go that the Hub cache lacks, until ``release``; None for the Hub cache, which keeps them.
+    ``compares``: whether large files of the Hub cache are compared with their hash too, as all are that come.
     """
 
     def __init__(self, listing: Listing, view: Path) -> None:
@@ -58,6 +63,7 @@ class Downloads:
         self.listing = listing
         self.view = view
         self.scratch: Path | None = None
+        self.compares = False
         self._ready: dict[str, Path] = {}
         self._passing: dict[str, Path] = {}
         self._used: set[str] = set()
@@ -98,18 +104,16 @@ class Downloads:
         return cache_folder(self.listing.repo) / "blobs" / f"{file.etag}.omni-convert.incomplete"
 
     def claim(self, disk: Path, names: Iterable[str]) -> int:
-        """Bytes that downloads take of the disk on which the folder ``disk`` lies.
+        """Bytes that downloads take of the disk on which the folder ``disk`` lies. Of ``scratch``, which lies beside an
+        output that leaves the disk and is counted with it, what is there: negative, since each file serves, or goes.
 
         Raises:
             OmniConvertError: they go to another disk, which has too little.
         """
-        names = list(names)
+        if self.scratch:
+            return -sum(map(_size, self.scratch.rglob("*")))
         needed = self.missing(names)
-        if self.scratch:  # one is read, one comes; another may wait for its end
-            sizes = [file.size for file in self._lacking(names)]
-            needed = min(sum(sizes), 3 * max(sizes, default=0))
-            needed = max(0, needed - sum(map(_size, self.scratch.rglob("*"))))  # each serves, or goes
-        home = self.scratch or cache_folder(self.listing.repo)
+        home = cache_folder(self.listing.repo)
         parent = next(folder for folder in (home, *home.parents) if folder.exists())
         if parent.stat().st_dev == disk.stat().st_dev:
             return needed
@@ -125,6 +129,8 @@ class Downloads:
     def running(self, names: Sequence[str], progress: Callable[[int], None]) -> Iterator[None]:
         """Fetch ``names`` in this order meanwhile; ``progress`` receives the bytes that come."""
         self._order, self._progress = list(names), progress
+        self._ready.clear()  # another run may compare more, and have its downloads elsewhere
+        self._used.clear()
         self._clear_scratch()
         self._stop.clear()
         self._thread = Thread(target=self._run, name="omni-convert-downloads", daemon=True)
@@ -188,7 +194,11 @@ class Downloads:
 
     def fetch(self, name: str) -> Path:
         """Where a file lies, now; it is downloaded if need be, and compared with what the Hub said of it."""
-        path = self.cached(name)
+        path = self._in_cache(name)
+        if path and not self._is_right(name, path):
+            _log.warning("%s: %s is damaged in the Hub cache, and fetched again.", self.listing, name)
+            self._discard(path)
+            path = None
         if path is None:
             with explained(self.listing.repo, name):
                 path = retrying(lambda: self._download(name), self._stop.wait)
@@ -198,7 +208,8 @@ class Downloads:
         stand_in = self.view / name
         if name.endswith(".safetensors") and stand_in.exists() and hash_header(stand_in) != hash_header(path):
             raise SourceError(
-                f"{path}: its header is not the one that the plan was made from. Remove the file, then run again."
+                f"{path}: its header is not the one that the plan was made from. Run again, with --hash-source if it "
+                "stays so."
             )
         return path
 
@@ -243,7 +254,6 @@ class Downloads:
                 revision=self.listing.commit,
                 local_dir=self.scratch,
                 library_name="omni-convert",
-                force_download=self.scratch is None and self._in_cache(name) is not None,  # what is there is damaged
                 tqdm_class=bar,
             )
         except BaseException:
@@ -270,13 +280,26 @@ class Downloads:
         found = _hash(path, file, self._stop)
         if (path.stat().st_size, found) == (file.size, file.etag):
             return
-        for item in (path.resolve(), path):  # what the cache names by this hash, and its place in the snapshot
-            with suppress(FileNotFoundError):
-                item.unlink()
+        self._discard(path)
         raise SourceError(
             f"{self.listing}: {name} came with the hash {found}, expected {file.etag}: it was changed or damaged on "
             "its way here, and was removed. Run again."
         )
+
+    def _is_right(self, name: str, path: Path) -> bool:
+        """Whether a file of the Hub cache has its size, and where that is compared its hash."""
+        file = self.listing.files[name]
+        if path.stat().st_size != file.size:
+            return False
+        is_compared = file.etag is not None and (self.compares or file.size <= _SMALL)
+        return not is_compared or _hash(path, file, self._stop) == file.etag
+
+    def _discard(self, path: Path) -> None:
+        """Remove a download, with what the Hub cache names by its hash; nothing else to which a link may lead."""
+        content = path.resolve()
+        path.unlink(missing_ok=True)
+        if content.parent == (cache_folder(self.listing.repo) / "blobs").resolve():
+            content.unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int:

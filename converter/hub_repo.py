@@ -17,6 +17,7 @@ from omni_convert.formats.layout import is_plain_name, read_json
 
 _NAME = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)(@(?P<revision>[^@\s]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+"""A sha1, as of everything in git."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -145,9 +146,8 @@ def _list_cached(repo: Repo) -> Listing:
     files = {}
     for path in sorted(item for item in snapshot.rglob("*") if item.is_file()):
         name, etag = path.relative_to(snapshot).as_posix(), path.resolve().name
-        is_large = _SHA256.fullmatch(etag) is not None
-        size, oid = path.stat().st_size, None if is_large else etag
-        files[_checked(repo, name)] = RemoteFile(size=size, oid=oid, sha256=etag if is_large else None)
+        size, oid, sha256 = path.stat().st_size, _COMMIT.fullmatch(etag), _SHA256.fullmatch(etag)  # a copy has no hash
+        files[_checked(repo, name)] = RemoteFile(size=size, oid=oid and oid[0], sha256=sha256 and sha256[0])
     return Listing(repo=repo, commit=commit, files=files, is_whole=False)
 
 

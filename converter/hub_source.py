@@ -99,13 +99,15 @@ class HubSource:
         others = {name: self.file(self.root / name) for name in opened.others}
         return replace(opened, others=others, left_out={**opened.left_out, **self.left_out}, hub=self)
 
-    def prepare(self, scratch: Path | None, refused: Sequence[str]) -> None:
-        """Have downloads go where they should. ``refused``: options that were given and need a folder.
+    def prepare(self, scratch: Path | None, refused: Sequence[str], *, compares: bool) -> None:
+        """Have downloads go where they should. ``refused``: options that were given and need a folder. ``compares``:
+        whether large files of the Hub cache are compared with their hash, as they are whenever the output is published.
 
         Raises:
-            UsageError: there are any.
+            UsageError: there are any such options.
         """
         self.downloads.scratch = scratch
+        self.downloads.compares = compares or scratch is not None
         for option in refused:
             raise UsageError(
                 f"{option}: needs the source as a folder, found {self} on the Hub. Download it first: hf download "

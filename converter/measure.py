@@ -55,12 +55,17 @@ def measure(plans: Sequence[Plan], settings: Settings, progress: Callable[[int],
     files = [layers for layers in _files(plans) if layers]
 
     def jobs(layers: Sequence[_Layer]) -> Iterator[Job]:
-        for layer in layers:
-            unit = unit_bytes(layer.tensor)
-            step = max(1, settings.piece_bytes // (unit * layer.rows)) * layer.rows
-            for piece in weight_pieces(layer.tensor, step * unit):
-                yield from groups.before(layer.component, piece)
-                yield Job(piece.size, partial(_measure_piece, layer, piece, groups, errors))
+        pieces = [(layer, piece) for layer in layers for piece in _pieces(layer, settings.piece_bytes)]
+        left = list(pieces)
+        for layer, piece in pieces:
+            yield from groups.before(layer.component, piece)
+            yield Job(piece.size, partial(run, layer, piece, left))
+
+    def run(layer: _Layer, piece: Piece, left: list[tuple[_Layer, Piece]], worker: Worker) -> None:
+        _measure_piece(layer, piece, groups, errors, worker)
+        left.pop()
+        if not left:
+            layer.source.release()
 
     hub = plans[0].checkpoint.hub
 
@@ -81,6 +86,12 @@ def measure(plans: Sequence[Plan], settings: Settings, progress: Callable[[int],
         }
         for plan, found in zip(plans, errors, strict=True)
     ]
+
+
+def _pieces(layer: _Layer, piece_bytes: int) -> Iterator[Piece]:
+    unit = unit_bytes(layer.tensor)
+    step = max(1, piece_bytes // (unit * layer.rows)) * layer.rows
+    return weight_pieces(layer.tensor, step * unit)
 
 
 def weight_bytes(plans: Sequence[Plan]) -> int:

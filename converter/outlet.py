@@ -48,8 +48,8 @@ class Outlet(Protocol):
 
 
 def outlet_bytes(plan: Plan) -> int:
-    """About what a run with an outlet takes: of the largest file a source, an output, and one that is on its way; and
-    of small files those that wait, and those that are on their way."""
+    """About what a run with an outlet takes, its downloads included: of the largest file a source, an output, and one
+    that is on its way; and of small files those that wait, and those that are on their way."""
     sizes = [max(shard.size, shard.source.file_size) for part in plan.components for shard in part.shards]
     sizes += [file.size for file in plan.checkpoint.others.values()]
     small = sum(file.size for name, file in plan.checkpoint.others.items() if is_small(name, file.size))

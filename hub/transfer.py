@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,9 +19,10 @@ from threading import Event, Lock, Semaphore, Thread
 from typing import TYPE_CHECKING
 
 from omni_convert.converter import contract_values
+from omni_convert.converter.analyze import chosen_plan
 from omni_convert.converter.contract import check_contract
 from omni_convert.converter.contract_view import keep_scales, lay_out
-from omni_convert.converter.convert import Means, Report, plan, run
+from omni_convert.converter.convert import Means, Report, check, run
 from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.job import job_identity
@@ -44,7 +45,7 @@ from omni_convert.hub.push import (
     target_repository,
 )
 from omni_convert.hub.repository import Draft, git_oid, parse_repo_id
-from omni_convert.hub.work import Work
+from omni_convert.hub.work import Work, analysis_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -74,6 +75,10 @@ class Target:
     def __post_init__(self) -> None:
         parse_repo_id(self.repo_id)
 
+    def reading(self) -> AbstractContextManager[Path]:
+        """Where a source is downloaded that is read only to choose how to convert it: it is not kept."""
+        return analysis_folder(self.work, self.repo_id)
+
 
 def convert_to_hub(
     source: str | os.PathLike[str],
@@ -91,6 +96,9 @@ def convert_to_hub(
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool = False,
+    methods: Sequence[str] = (),
+    auto_ignore: str | None = None,
+    budget: str | None = None,
     **choices: Unpack[Choices],
 ) -> tuple[Report, Publication]:
     """Convert a checkpoint into a repository on the Hub, without ever having all of it on the disk.
@@ -98,7 +106,8 @@ def convert_to_hub(
     A run that ends early goes on where it was when it is called again.
 
     Args:
-        source, quantization, threads, memory, device, progress, choices: as ``convert`` takes them.
+        source, quantization, threads, memory, device, progress, methods, auto_ignore, budget, choices: as ``convert``
+            takes them. A source on the Hub that is read to choose is downloaded for that, and again to be converted.
         overwrite: begin anew, and remove what other runs left unfinished for this repository in ``work``.
         repo_id, private, create_pr, card, base_model, message: as ``push`` takes them.
         work: folder below which is what is under way, about three shards; by default in the cache of huggingface_hub.
@@ -112,7 +121,12 @@ def convert_to_hub(
         work=work,
     )  # fmt: skip
     means = Means(threads=threads, memory=memory, device=device, overwrite=overwrite)
-    return transfer(plan(source, quantization, **choices), target, means, progress=progress, started=started)
+    with target.reading() as scratch:
+        planned = chosen_plan(
+            source, quantization, methods, auto_ignore, budget, choices, threads=threads, memory=memory,
+            scratch=scratch, progress=progress,
+        )  # fmt: skip
+    return transfer(planned, target, means, progress=progress, started=started)
 
 
 def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, started: float) -> tuple[Report, Publication]:
@@ -121,9 +135,7 @@ def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, starte
         raise UsageError(f"--engine {means.engine} writes into a folder. Convert into one, then: omni-convert push.")
     with _without_bars():
         outlet = HubOutlet(plan, target, means, progress=progress)
-        if plan.checkpoint.hub:
-            means = replace(means, scratch=outlet.work.downloads)
-        report = run(plan, outlet.work.out, means, progress=progress, started=started, outlet=outlet)
+        report = run(plan, outlet.work.out, outlet.means, progress=progress, started=started, outlet=outlet)
     outlet.work.remove()
     assert outlet.publication is not None
     return replace(report, out=outlet.publication.url), outlet.publication
@@ -139,6 +151,7 @@ class HubOutlet:
         self._target = target
         self._card = check_card(Path(target.card)) if target.card is not None else None
         hub = plan.checkpoint.hub
+        self.means = replace(means, scratch=self.work.downloads if hub else None)
         self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
         self._mark = _mark(self.work.identity)
         methods = " and ".join(dict.fromkeys(fmt.name for fmt in plan.recipe.formats))
@@ -150,6 +163,7 @@ class HubOutlet:
         stale_files(self._repo, self._published, OutputFolder(plan, self.work.out, job).files)
         with TemporaryDirectory(prefix="omni-convert-") as folder:
             self._check_contract(Path(folder), contract_values.RULES)
+        check(plan, self.work.out, self.means, kept=False)
         prepare(self._repo, private=target.private, create_pr=target.create_pr)
         self._close_drafts(removed)
         self._draft = self._repo.find_draft(self._mark)

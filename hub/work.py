@@ -8,8 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ class Work:
         self.job = job
         self.identity = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]
         self.repo_id = repo_id
-        self._home = Path(os.path.abspath(parent)) if parent is not None else _default_home()
-        self.path = self._home / f"{self._prefix}{self.identity}"
+        self._home = _home(parent)
+        self.path = self._home / f"{_prefix(repo_id)}{self.identity}"
 
     @property
     def out(self) -> Path:
@@ -42,10 +42,6 @@ class Work:
         """Of weights that left the disk."""
         return self.path / "stand-ins"
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self.repo_id.replace('/', '--')}--"
-
     def check(self, *, resume: bool, overwrite: bool) -> list[str]:
         """Have no other unfinished work for this repository; ``overwrite`` removes it. Returns its identities.
 
@@ -59,7 +55,7 @@ class Work:
             if not overwrite:
                 raise self._unfinished(other)
             _remove_unused(other)
-        return [other.name.removeprefix(self._prefix) for other in others]
+        return [other.name.removeprefix(_prefix(self.repo_id)) for other in others]
 
     def remove(self) -> None:
         """What the run made; the folder too, unless somebody keeps other files there."""
@@ -67,7 +63,7 @@ class Work:
 
     def _others(self) -> list[Path]:
         """Places of other jobs for this repository that did not come to their end."""
-        name = re.compile(re.escape(self._prefix) + "[0-9a-f]{12}")
+        name = re.compile(re.escape(_prefix(self.repo_id)) + "[0-9a-f]{12}")
         found = [item for item in self._home.iterdir() if name.fullmatch(item.name)] if self._home.is_dir() else []
         return sorted(item for item in found if item != self.path and (item / "out" / MARKER_NAME).is_file())
 
@@ -79,6 +75,31 @@ class Work:
             f"{other}: holds unfinished work for {self.repo_id}, of another job: {difference(before, self.job)}. "
             f"Go on with that one ({source}, and its options), or begin anew with --overwrite, which removes it."
         )
+
+
+@contextmanager
+def analysis_folder(parent: str | os.PathLike[str] | None, repo_id: str) -> Iterator[Path]:
+    """Where an analysis for a repository has its downloads, beside the places of jobs; it is removed in the end.
+
+    Raises:
+        OmniConvertError: another run has its own there now.
+    """
+    path = _home(parent) / f"{_prefix(repo_id)}analysis"
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OmniConvertError(
+                f"{path}: another run for {repo_id} is reading its source there now. Wait until it is done, or stop it."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield path
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _remove_unused(path: Path) -> None:
@@ -102,7 +123,11 @@ def _remove(path: Path) -> None:
         path.rmdir()
 
 
-def _default_home() -> Path:
+def _home(parent: str | os.PathLike[str] | None) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HOME) / "omni-convert"
+    return Path(constants.HF_HOME) / "omni-convert" if parent is None else Path(os.path.abspath(parent))
+
+
+def _prefix(repo_id: str) -> str:
+    return f"{repo_id.replace('/', '--')}--"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +191,8 @@ def convert(
     chosen = None
     if methods or auto_ignore is not None or budget is not None:
         own = threads if engine == ENGINES[0] else None
-        chosen = _choose(model, methods, auto_ignore, budget, own, memory, choices, is_dry=dry_run)
+        with repository.reading() if repository else nullcontext() as scratch:
+            chosen = _choose(model, methods, auto_ignore, budget, own, memory, scratch, choices, is_dry=dry_run)
         planned = chosen.plan
     else:
         with _uncollected():
@@ -227,7 +228,7 @@ def convert(
 
 def _choose(
     model: Path, methods: tuple[str, ...], auto_ignore: str | None, budget: str | None, threads: int | None,
-    memory: int | None, choices: Choices, *, is_dry: bool,
+    memory: int | None, scratch: Path | None, choices: Choices, *, is_dry: bool,
 ) -> Choice:  # fmt: skip
     from omni_convert.converter.analyze import choose
 
@@ -235,8 +236,8 @@ def _choose(
         "Note: reads the weights to choose what to keep" + ("." if is_dry else ", then once more to convert."), err=True
     )
     return choose(
-        model, methods=methods, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory, progress=True,
-        **choices,
+        model, methods=methods, auto_ignore=auto_ignore, budget=budget, threads=threads, memory=memory,
+        scratch=scratch, progress=True, **choices,
     )  # fmt: skip
 
 

@@ -266,6 +266,49 @@ def test_a_damaged_cache(qwen: HubServer, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "options"), [(f"transformer/{SHARD}", ["--hash-source"]), ("tokenizer/tokenizer.json", [])]
+)
+def test_a_cached_file_with_other_bytes(
+    qwen: HubServer, cli: Cli, fp8_output: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: list[str]
+) -> None:
+    cli.succeeds("--method", "fp8", "org/qwen", "out")
+    (cached,) = cli.home.rglob(f"snapshots/*/{name}")
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    few = "from omni_convert.converter import hub_downloads; hub_downloads._SMALL = 100_000"
+    done = cli.run("--method", "fp8", "org/qwen", "again", *options, code=few)
+    assert done.returncode == 0
+    assert f"{name} is damaged in the Hub cache, and fetched again." in done.stderr
+    assert same(cli.folder / "again", fp8_output)
+    assert cached.read_bytes() == whole
+
+
+def test_a_link_out_of_the_cache_is_cut_alone(qwen: HubServer, cli: Cli, fp8_output: Path, tmp_path: Path) -> None:
+    cli.succeeds("--method", "fp8", "org/qwen", "out")
+    (cached,) = cli.home.rglob("snapshots/*/tokenizer/tokenizer.json")
+    own = tmp_path / "own.json"
+    own.write_bytes(b"x" * cached.stat().st_size)
+    cached.unlink()
+    cached.symlink_to(own)
+    cli.succeeds("--method", "fp8", "org/qwen", "again")
+    assert same(cli.folder / "again", fp8_output)
+    assert own.exists()
+
+
+def test_a_cache_of_copies_tells_no_hashes(qwen: HubServer, cli: Cli, fp8_output: Path) -> None:
+    """As where links cannot be made: a file's name is not its hash."""
+    cli.succeeds("--method", "fp8", "org/qwen", "out")
+    for path in [item for item in cli.home.rglob("snapshots/**/*") if item.is_symlink()]:
+        content = path.resolve()
+        path.unlink()
+        shutil.copyfile(content, path)
+    (noted,) = cli.home.rglob("omni-convert/*.json")
+    noted.unlink()
+    cli.succeeds("--method", "fp8", "org/qwen", "again", HF_HUB_OFFLINE="1")
+    assert same(cli.folder / "again", fp8_output)
+
+
+@pytest.mark.parametrize(
     "name", ["../outside.json", "a/../../b.json", "/etc/c.json", "a\\b.json", "a//b.json", "\x1b[2J"]
 )
 def test_names_that_lead_elsewhere(qwen: HubServer, cli: Cli, name: str) -> None:

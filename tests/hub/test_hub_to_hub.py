@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 from hostile.small import QWEN_CONFIG, qwen_shards, random, write_json, write_sharded
@@ -20,6 +21,7 @@ from publishing import command, folder_files, published, start, use, weights_of
 
 import omni_convert
 from omni_convert import OmniConvertError, UsageError
+from omni_convert.converter.outlet import outlet_bytes
 from omni_convert.hub.transfer import convert_to_hub
 
 REPO = "me/model-INT8"
@@ -272,6 +274,58 @@ def test_the_plan_shows_what_the_disk_needs(hub: HubServer, source: Path, tmp_pa
     small += sum(path.stat().st_size for path in [source / "model_index.json", *source.glob("text_encoder/*.json")])
     assert json.loads(out)["disk_needed"] == 3 * largest + small
     assert hub.requests == []
+
+
+def test_a_disk_without_room_for_three_shards(
+    hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder("org/base", source)
+    use(hub, monkeypatch, tmp_path / "home")
+    largest = max(path.stat().st_size for path in source.rglob("*.safetensors"))
+    needed = outlet_bytes(omni_convert.plan(source, method="int8"))
+    assert 3 * largest <= needed < 3 * largest + 10_000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(OmniConvertError, match=rf"take {needed} bytes.* Free 1 bytes, or have the work .*--work"):
+        convert_to_hub("org/base", REPO, method="int8")
+    assert REPO not in hub.store.repos
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=needed))
+    convert_to_hub("org/base", REPO, method="int8")
+    check_published(hub, local)
+
+
+def test_what_is_read_to_choose_leaves_the_disk(
+    hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder("org/base", source)
+    home = tmp_path / "home"
+    conditions = {"methods": ["int8"], "target": "omni-convert", "budget": "size<=0.8"}
+    options = ("--methods", "int8", "--target", "omni-convert", "--budget", "size<=0.8")
+    disk = Disk(home)
+    status, _, err = command(hub, home, *options, "org/base", f"hub:{REPO}")
+    most = disk.stop()
+    print(f"{most / SHARD:.2f} shards at most")
+    assert status == 0, err
+    assert SHARD < most <= 3 * SHARD + SHARD // 5
+    assert not list((home / "omni-convert").iterdir())
+    use(hub, monkeypatch, tmp_path / "another")
+    convert_to_hub("org/base", "me/again", **conditions)  # type: ignore[arg-type]
+    omni_convert.convert(source, tmp_path / "out", **conditions)  # type: ignore[arg-type]
+    expected = weights_of(folder_files(tmp_path / "out"))
+    assert weights_of(published(hub, REPO)) == weights_of(published(hub, "me/again")) == expected
+    assert not list((tmp_path / "another" / "hub").rglob("*.safetensors"))
+
+
+def test_a_damaged_cache_is_not_published(
+    hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.store.add_folder("org/base", source)
+    use(hub, monkeypatch, tmp_path / "home")
+    monkeypatch.setattr("omni_convert.converter.hub_downloads._SMALL", 0)
+    omni_convert.convert("org/base", tmp_path / "out", method="int8")
+    cached = sorted((tmp_path / "home" / "hub").rglob("transformer/*.safetensors"))[2]
+    cached.write_bytes(cached.read_bytes()[:-1] + b"?")
+    convert_to_hub("org/base", REPO, method="int8")
+    check_published(hub, local)
 
 
 def test_what_is_there_already_leaves_the_disk(
