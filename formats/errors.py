@@ -16,8 +16,9 @@ class SourceError(OmniConvertError):
 
 
 def printable(value: object, limit: int = 120) -> str:
-    """Text from a file that is not trusted, fit for one line of a message: escaped, and cut after ``limit``."""
+    """Text from a file that is not trusted, fit for one line of a message: escaped where it cannot be printed, and cut
+    after ``limit``."""
     text = value if isinstance(value, str) else repr(value)
     if not text.isprintable():
-        text = text.encode("unicode_escape", "backslashreplace").decode("ascii")
+        text = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -70,8 +70,8 @@ def header(title: str, *lines: str) -> str:
 
 
 def section(heading: str, *parts: str) -> str:
-    """A part of a page; ``parts``: HTML."""
-    return f"<section><h2>{text(heading)}</h2>{''.join(parts)}</section>"
+    """A part of a page; ``parts``: HTML. Any white space of ``heading`` is a space."""
+    return f"<section><h2>{text(' '.join(heading.split()))}</h2>{''.join(parts)}</section>"
 
 
 def paragraph(*sentences: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from omni_convert.formats.errors import printable
 from omni_convert.formats.text import format_bytes, format_table
 
 
@@ -24,3 +25,8 @@ def test_format_table() -> None:
         "longer  999 kB",
     ]
     assert format_table(rows[1:], header=False).splitlines() == ["a       1 B", "longer  999 kB"]
+
+
+def test_only_what_cannot_be_printed_is_escaped() -> None:
+    assert printable("湯\u3000気\n\u202e\udcff é") == "湯\\u3000気\\n\\u202e\\udcff é"
+    assert printable("é" * 200, 10) == f"{'é' * 10}... (200 characters)"

@@ -41,6 +41,14 @@ def test_page(browser: Browser, tmp_path: Path, scheme: str, viewport: dict[str,
         assert (sum(map(int, background[4:-1].split(","))) < 384) == (scheme == "dark")
 
 
+@pytest.mark.parametrize("heading", ["湯気の立つ\u3000一杯の珈琲 " * 9, f"a\u00a0cup\nof {'coffee' * 99}"])
+def test_headings_of_any_prompt_fit_a_phone(browser: Browser, tmp_path: Path, heading: str) -> None:
+    (tmp_path / "page.html").write_text(html.page("a", html.section(heading)), encoding="utf-8")
+    with opened(browser, tmp_path / "page.html", viewport=PHONE) as page:
+        assert overflow(page) == 0
+        assert page.locator("h2").inner_text() == " ".join(heading.split())
+
+
 def test_foreign_scripts_do_not_run(browser: Browser, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     path.write_text(html.page("still", "<script>document.title = 'owned'</script>"))
