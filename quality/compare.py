@@ -19,9 +19,10 @@ from omni_convert.formats.layout import CONFIG_NAME, PIPELINE_INDEX, read_json
 from omni_convert.quality.fused import engine_units
 from omni_convert.quality.gate import Checked, Condition
 from omni_convert.quality.generation import Generation, ask_of, generate
+from omni_convert.quality.language import answers_with_hidden_states
 from omni_convert.quality.pair import Pair, make_pair, overall
-from omni_convert.quality.perceptual import missing
-from omni_convert.quality.request import Request
+from omni_convert.quality.perceptual import missing, too_small
+from omni_convert.quality.request import HIDDEN, LOGITS, Answer, Request
 from omni_convert.quality.similarity import GENERATION, LANGUAGE, PERCEPTUAL, PIXELS
 from omni_convert.quality.trace import LayerTrace, quantized_layers, trace
 
@@ -40,7 +41,7 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """``metrics``: over all prompts. ``notes``: what is absent, and why. ``trace``: worst layer first; None: not asked
-    for."""
+    for, or nothing is quantized."""
 
     request: Request
     reference: Model
@@ -93,6 +94,8 @@ def compare_models(
     _check_computable(gate, request)
     ask = ask_of(request, reference.folder)
     _check_alike(reference.folder, candidate.folder)
+    if request.task == "text" and answers_with_hidden_states(reference.folder):
+        _check_logits(gate, HIDDEN)
     layers: dict[str, Any] = {}
 
     def load_candidate() -> Any:
@@ -102,17 +105,20 @@ def compare_models(
         return model
 
     first = generate("reference", _named("reference", reference.load, progress), ask, request, device)
+    check_computed(gate, first.answers[0])
     second = generate("candidate", _named("candidate", load_candidate, progress), ask, request, device)
-    traced = None
-    if trace_layers:
-        units = engine_units(candidate.folder, candidate.target, layers)
-        traced = trace(_named("layers", reference.load, progress), layers, units, ask, request, device)
     answers = zip(request.prompts, first.answers, second.answers, strict=True)
     pairs = [make_pair(*answer) for answer in answers]
+    notes = list(dict.fromkeys(note for pair in pairs for note in pair.notes))
+    traced = None
+    if layers:
+        units = engine_units(candidate.folder, candidate.target, layers)
+        traced = trace(_named("layers", reference.load, progress), layers, units, ask, request, device)
+    elif trace_layers:
+        notes.append("no layer is traced: the candidate has no quantized layer")
     return Comparison(
         request=request, reference=reference, candidate=candidate, reference_generation=first,
-        candidate_generation=second, pairs=pairs, gate=_check(gate, pairs, second), trace=traced,
-        notes=list(dict.fromkeys(note for pair in pairs for note in pair.notes)),
+        candidate_generation=second, pairs=pairs, gate=_check(gate, pairs, second), trace=traced, notes=notes,
     )  # fmt: skip
 
 
@@ -128,6 +134,32 @@ def _check_computable(gate: Sequence[Condition], request: Request) -> None:
             raise UsageError(f"the gate has {condition}, expected no metric of logits with --task {request.task}.")
         if metric in PERCEPTUAL and (why := missing(metric)):
             raise UsageError(f"the gate has {condition}, but {why}.")
+
+
+def check_computed(gate: Sequence[Condition], answer: Answer) -> None:
+    """Before the candidate runs too.
+
+    Raises:
+        UsageError: an answer like this has no metric of the gate.
+    """
+    if not answer.is_pixels:
+        _check_logits(gate, answer.kind)
+        return
+    for condition in gate:
+        if condition.metric in PERCEPTUAL and (why := too_small(condition.metric, answer.output.shape)):
+            raise UsageError(f"the gate has {condition}, but {why}.")
+
+
+def _check_logits(gate: Sequence[Condition], kind: str) -> None:
+    """Raises:
+    UsageError: the gate has a metric of logits, and answers are something else.
+    """
+    for condition in gate:
+        if condition.metric in LANGUAGE and kind != LOGITS:
+            raise UsageError(
+                f"the gate has {condition}, but the reference answers with {kind}, which have no such metric, expected "
+                "one of relative_l2, cosine_similarity and the like."
+            )
 
 
 def _check_alike(reference: Path, candidate: Path) -> None:

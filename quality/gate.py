@@ -58,7 +58,8 @@ class Checked:
 
     def __str__(self) -> str:
         verb = "meets" if self.ok else "misses"
-        text = f"{self.condition.metric} {self.value:.6g} {verb} {self.condition.sign} {self.condition.limit:g}"
+        value = "unknown" if math.isnan(self.value) else f"{self.value:.6g}"
+        text = f"{self.condition.metric} {value} {verb} {self.condition.sign} {self.condition.limit:g}"
         margin = f" by {abs(self.margin):.3g}" if math.isfinite(self.margin) else ""
         return f"{text}{margin} ({self.where})"
 

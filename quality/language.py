@@ -48,6 +48,17 @@ def read_tokenizer(folder: Path, prompts: Sequence[str]) -> Any:
     return tokenizer
 
 
+def answers_with_hidden_states(folder: Path) -> bool:
+    """Whether the model that the config names is known to have no head. False: it has one, or nobody knows."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    config = read_json(folder / CONFIG_NAME)
+    bare = MODEL_MAPPING_NAMES.get(str(config.get("model_type")))
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else bare
+    return isinstance(name, str) and name == bare and "For" not in name  # Llama4ForConditionalGeneration has one
+
+
 def ask_language_model(tokenizer: Any, model: Any, prompt: str, _counts: bool) -> Answer:
     """Logits (tokens, vocabulary) of a language model, or the last hidden states (tokens, width) of an encoder."""
     batch = tokenizer(prompt, return_tensors="pt").to(model.device)

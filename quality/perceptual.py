@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 Pictures = NDArray[np.uint8]
 """(count, height, width, 3)"""
-_SMALLEST_SSIM = 7
-"""Pixels of a side of its window."""
-_SMALLEST_LPIPS = 32
+_SMALLEST: Mapping[str, int] = {"ssim": 7, "lpips": 32}
+"""Pixels of a side: of the window of one, and of what AlexNet leaves something of."""
 _PACKAGES: Mapping[str, tuple[str, str]] = {"ssim": ("skimage", "scikit-image"), "lpips": ("lpips", "lpips")}
 
 
@@ -27,12 +26,18 @@ def missing(metric: str) -> str | None:
     return f"{metric} is not computed: the package {package} is not installed (pip install 'omni-convert[compare]')"
 
 
+def too_small(metric: str, shape: tuple[int, ...]) -> str | None:
+    """Why ``ssim`` or ``lpips`` of pictures (count, height, width, 3) cannot be computed; None if it can."""
+    smallest = _SMALLEST[metric]
+    return f"{metric} is not computed: it needs {smallest} pixels a side" if min(shape[1:3]) < smallest else None
+
+
 def perceptual(reference: Pictures, candidate: Pictures) -> tuple[dict[str, float], list[str]]:
     """Metrics by name, each the mean over all pictures, and notes on those that are absent."""
     found, notes = {}, []
     measures: Mapping[str, Callable[[Pictures, Pictures], float | str]] = {"ssim": _ssim, "lpips": _lpips}
     for name, measure in measures.items():
-        value = missing(name) or measure(reference, candidate)
+        value = missing(name) or too_small(name, reference.shape) or measure(reference, candidate)
         if isinstance(value, str):
             notes.append(value)
         else:
@@ -40,11 +45,9 @@ def perceptual(reference: Pictures, candidate: Pictures) -> tuple[dict[str, floa
     return found, notes
 
 
-def _ssim(reference: Pictures, candidate: Pictures) -> float | str:
+def _ssim(reference: Pictures, candidate: Pictures) -> float:
     from skimage.metrics import structural_similarity
 
-    if min(reference.shape[1:3]) < _SMALLEST_SSIM:
-        return f"ssim is not computed: it needs {_SMALLEST_SSIM} pixels a side"
     pairs = zip(reference, candidate, strict=True)
     return float(np.mean([structural_similarity(*pair, channel_axis=2, data_range=255) for pair in pairs]))
 
@@ -52,8 +55,6 @@ def _ssim(reference: Pictures, candidate: Pictures) -> float | str:
 def _lpips(reference: Pictures, candidate: Pictures) -> float | str:
     import torch
 
-    if min(reference.shape[1:3]) < _SMALLEST_LPIPS:
-        return f"lpips is not computed: it needs {_SMALLEST_LPIPS} pixels a side"
     try:
         from lpips import LPIPS
 

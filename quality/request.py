@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from numpy.typing import NDArray
 
-from omni_convert.formats.errors import UsageError
+from omni_convert.formats.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +55,17 @@ class Request:
             raise UsageError(f"task is {self.task!r}, expected one of {', '.join(TASKS)}.")
         if not self.prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
             raise UsageError("found no prompt, or an empty one; expected --prompt TEXT, once or several times.")
+        for text in (*self.prompts, self.negative_prompt or ""):
+            if any("\ud800" <= letter <= "\udfff" for letter in text):  # what Python makes of bytes that are not UTF-8
+                raise UsageError(f"the prompt '{printable(text)}' is no text, expected UTF-8.")
         for name in ("height", "width", "num_frames", "num_inference_steps", "measure_runs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}, expected 1 or more.")
+        for name in ("guidance_scale", "cfg_scale"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}, expected a finite number.")
         if not 0 <= self.seed < _SEEDS:
             raise UsageError(f"seed is {self.seed}, expected 0 to {_SEEDS - 1}.")
         if self.warmup_runs < 0:

@@ -27,9 +27,8 @@ _FOLDER = click.Path(path_type=Path)
 @click.option("--candidate", type=_FOLDER, metavar="OUT", help="Its conversion.")
 @click.option(
     "--quantization",
-    type=click.Choice(list(FORMATS)),
     metavar="METHOD",
-    help="Instead of a candidate: the reference, quantized while it loads.",
+    help=f"Instead of a candidate: the reference, quantized while it loads. {', '.join(FORMATS)}, also fp8:channel.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="With --quantization: keep these layers. Repeatable.")
 @click.option(
@@ -101,18 +100,16 @@ def compare(
     result = compare_outputs(
         reference, candidate, quantization=quantization, prompt=prompts, progress=True, **request, **given
     )
+    failures = _write(result, output_json, page, save_output_dir)
     print_result(result.to_dict() if as_json else result.to_text())
-    _write(result, output_json, page, save_output_dir)
+    if failures:
+        raise OmniConvertError(f"{', '.join(failures)}, expected a place with room and rights. The rest is done.")
     if not result.ok:
         sys.exit(1)
 
 
-def _write(result: Comparison, output_json: Path | None, page: Path | None, folder: Path | None) -> None:
-    """Everything that can be.
-
-    Raises:
-        OmniConvertError: what cannot.
-    """
+def _write(result: Comparison, output_json: Path | None, page: Path | None, folder: Path | None) -> list[str]:
+    """Everything that can be; returns what cannot, and why."""
     places: list[tuple[str, Path | None, Callable[[Path], object]]] = [
         ("--output-json", output_json, lambda path: path.write_text(_json(result), encoding="utf-8")),
         ("--html", page, lambda path: path.write_text(result.to_html(), encoding="utf-8")),
@@ -126,8 +123,7 @@ def _write(result: Comparison, output_json: Path | None, page: Path | None, fold
                 note_written(path)
         except OSError as error:
             failures.append(f"{option} {path} cannot be written ({error.strerror or error})")
-    if failures:
-        raise OmniConvertError(f"{', '.join(failures)}, expected a place with room and rights. The rest is done.")
+    return failures
 
 
 def _json(result: Comparison) -> str:

@@ -79,4 +79,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def print_result(result: str | dict[str, Any]) -> None:
-    click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False))
+    """Raises:
+    OmniConvertError: stdout is full; a pipe that is closed is click's business.
+    """
+    try:
+        click.echo(result if isinstance(result, str) else json.dumps(result, indent=2, allow_nan=False))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OmniConvertError(
+            f"stdout cannot be written ({error.strerror or error}), expected a place with room."
+        ) from error

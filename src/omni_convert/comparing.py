@@ -71,7 +71,7 @@ def compare(
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, cfg_scale=cfg_scale, seed=seed,
         warmup_runs=warmup_runs, measure_runs=measure_runs,
     )  # fmt: skip
-    conditions = parse_gate(gate) if gate else ()
+    conditions = () if gate is None else parse_gate(gate)
     from omni_convert.quality.compare import compare_models
     from omni_convert.runtime.load import parse_device
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from models import write_qwen_image
 
-from omni_convert import cli
+from omni_convert import OmniConvertError, cli
+from omni_convert.cli_compare import compare
 
 SMALL = ("--height", 32, "--width", 32, "--num-inference-steps", 2)
 
@@ -94,6 +98,45 @@ def test_models_are_not_written_into(option: str, model: str, tmp_path: Path) ->
     result = run(*models, "--task", "t2i", "--prompt", "a", option, tmp_path / "link" / "new")
     assert result.exit_code == 2
     assert f"lies in {tmp_path / model}, which must stay as it is" in result.stderr
+
+
+def test_files_are_written_though_nobody_reads_the_result(
+    language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ask = ("--reference", str(language_model), "--candidate", str(language_model), "--task", "text", "--prompt", "a")
+    full = (os.open("/dev/full", os.O_WRONLY), OmniConvertError, "stdout cannot be written (No space left on device)")
+    ways: list[tuple[int, type[BaseException], str]] = [full, (writer, SystemExit, "1")]
+    for place, ends, says in ways:
+        stdout = os.fdopen(place, "w")
+        path = tmp_path / "result.json"
+        with monkeypatch.context() as patch, pytest.raises(ends) as error:
+            patch.setattr(sys, "stdout", stdout)
+            compare.main([*ask, "--output-json", str(path)], standalone_mode=False)
+        with suppress(OSError):
+            stdout.close()
+        assert str(error.value).startswith(says)
+        assert json.loads(path.read_text())["output_metrics"]["identical"]
+        path.unlink()
+
+
+def test_nothing_quantized_is_nothing_to_trace(language_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omni_convert.quality.compare.trace", lambda *_: pytest.fail("ran the reference again"))
+    ask = ("--reference", language_model, "--candidate", language_model, "--task", "text", "--prompt", "a")
+    result = run(*ask, "--trace-layers")
+    assert result.exit_code == 0, result.output
+    assert "Note: no layer is traced: the candidate has no quantized layer." in result.stdout
+    assert "layers, their own output error" not in result.stdout
+
+
+def test_a_method_with_its_options(language_model: Path) -> None:
+    ask = ("--reference", language_model, "--task", "text", "--prompt", "a", "--target", "omni-convert", "--json")
+    result = run(*ask, "--quantization", "fp8:channel", "--trace-layers")
+    assert result.exit_code == 0, result.output
+    assert {entry["format"] for entry in json.loads(result.stdout)["trace"]} == {"fp8 (channel)"}
+    wrong = run(*ask, "--quantization", "fp9")
+    assert (wrong.exit_code, "the method is 'fp9', expected one of int8, " in wrong.stderr) == (2, True)
 
 
 def test_what_cannot_be_written_loses_nothing_else(language_model: Path, tmp_path: Path) -> None:

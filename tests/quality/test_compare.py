@@ -162,6 +162,11 @@ def test_outputs_are_saved(comparison: Comparison, tmp_path: Path) -> None:
         ({"quantization": "int8", "task": "text"}, "is not the folder of one Transformers model"),
         ({"quantization": "int8", "task": "t2a"}, "task is 't2a', expected one of t2i, t2v, text"),
         ({"quantization": "int8", "gate": "top1_agreement>=1"}, "expected no metric of logits"),
+        ({"quantization": "int8", "gate": ""}, "--gate has '', expected smoke or strict"),
+        ({"quantization": "int8", "cfg_scale": math.nan}, "cfg_scale is nan, expected a finite number"),
+        ({"quantization": "int8", "guidance_scale": math.inf}, "guidance_scale is inf, expected a finite number"),
+        ({"quantization": "int8", "prompt": ["a", "b\udcff"]}, r"the prompt 'b\\udcff' is no text, expected UTF-8"),
+        ({"quantization": "int8", "negative_prompt": "\udcff"}, r"the prompt '\\udcff' is no text"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(

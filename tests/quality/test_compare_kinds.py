@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import omni_convert
 from omni_convert import OmniConvertError, UsageError
-from omni_convert.quality.compare import Comparison
+from omni_convert.quality.compare import Comparison, check_computed
+from omni_convert.quality.gate import parse_gate
 from omni_convert.quality.pair import make_pair
 from omni_convert.quality.request import IMAGES, Answer, Task
 from omni_convert.quality.similarity import METRICS
@@ -76,6 +78,34 @@ def test_hidden_states_of_an_encoder(minilm: Path) -> None:
     assert result.pairs[0].reference.output.shape[1] == 384
     assert result.ok and result.metrics["mae"] > 0
     assert "top1_agreement" not in result.metrics
+
+
+def test_an_encoder_has_no_metrics_of_logits(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known from its config before anything is loaded, or else from the reference's answer."""
+    import omni_convert.runtime.load as loading
+
+    load, loaded = loading.load, []
+
+    def count(path: Path, **options: Any) -> Any:
+        loaded.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(loading, "load", count)
+    unknown = Path(shutil.copytree(minilm, tmp_path / "unknown"))
+    config = json.loads((minilm / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps({**config, "architectures": ["OfAnotherLibrary"]}))
+    for folder, expected in ((minilm, []), (unknown, [unknown])):
+        loaded.clear()
+        with pytest.raises(UsageError, match=r"has top1_agreement>=0.9, but the reference answers with hidden states"):
+            compare_text(folder, quantization="int8", gate="relative_l2<=1,top1_agreement>=0.9")
+        assert loaded == expected
+
+
+def test_pictures_too_small_for_a_gate_are_refused_before_the_candidate_runs() -> None:
+    answer = Answer(output=np.zeros((1, 16, 6, 3), np.uint8), kind=IMAGES)
+    with pytest.raises(UsageError, match=r"has ssim>=0.9, but ssim is not computed: it needs 7 pixels a side"):
+        check_computed(parse_gate("mae<=6,ssim>=0.9"), answer)
+    check_computed(parse_gate("ssim>=0.9"), Answer(output=np.zeros((1, 7, 7, 3), np.uint8), kind=IMAGES))
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_wrong_gates_are_refused(text: str, message: str) -> None:
         ("psnr_db>=25", math.inf, True, "psnr_db inf meets >= 25 (prompt 1)"),
         ("mae<=6", 7.25, False, "mae 7.25 misses <= 6 by 1.25 (prompt 1)"),
         ("mae<=6", 0.0, True, "mae 0 meets <= 6 by 6 (prompt 1)"),
-        ("max_peak_memory_mb<=6", math.nan, False, "max_peak_memory_mb nan misses <= 6 (prompt 1)"),
+        ("max_peak_memory_mb<=6", math.nan, False, "max_peak_memory_mb unknown misses <= 6 (prompt 1)"),
     ],
 )
 def test_checks_say_by_how_much(text: str, value: float, ok: bool, says: str) -> None:
