@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import shutil
 from collections.abc import Callable
@@ -133,6 +134,16 @@ def test_overwrite_removes_the_other_work(hub: HubServer, home: Path, crash: Cal
     assert [pull.status for pull in hub.store.repos[REPO].discussions] == ["closed", "merged"]
     assert not place.exists()
     assert not list((home / "omni-convert").iterdir())
+
+
+def test_overwrite_leaves_what_another_process_works_on(hub: HubServer, home: Path, crash: Callable[..., Path]) -> None:
+    place = crash(method="fp8")
+    before = folder_files(place)
+    with (place / "out" / ".omni_convert.partial").open("rb+") as marker:
+        fcntl.flock(marker, fcntl.LOCK_EX)
+        with pytest.raises(OmniConvertError, match=rf"{place.name}: .* is writing there now\. Wait until it is done"):
+            convert_to_hub("org/base", REPO, method="int8", overwrite=True)
+    assert folder_files(place) == before
 
 
 def test_nothing_to_go_on_with(hub: HubServer, home: Path, source: Path) -> None:
