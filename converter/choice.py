@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from omni_convert.converter.choice_recipe import Formats, UnitName, chosen_plan
-from omni_convert.converter.choose import Conditions, Option, SizeError, Unit, choose, total_error, total_size
+from omni_convert.converter.choose import Conditions, Hulls, Option, SizeError, Unit, total_error, total_size
 from omni_convert.converter.layer_error import LayerError
 from omni_convert.converter.measure import Errors
 from omni_convert.converter.plan import Plan, TensorPlan
@@ -101,6 +101,9 @@ class Alternatives:
         self.plans = plans
         self.mixes = find_target(plans[0].recipe.target).mixes
         self._members = _find_members(plans)
+        self._weights = {name: _weights(tensors) for name, tensors in self._members.items()}
+        self._units: dict[tuple[UnitName, int], ChosenUnit] = {}
+        self._hulls: dict[tuple[Fraction | None, tuple[int, ...]], Hulls] = {}
         self._options = {
             name: _find_options(name.component, tensors, errors) for name, tensors in self._members.items()
         }
@@ -157,16 +160,21 @@ class Alternatives:
 
     def _try(self, conditions: Conditions, numbers: Sequence[int]) -> dict[UnitName, Option] | SizeError:
         """The best choice among the plans of these numbers; the error if there is none."""
-        names = {f"{name.component}\n{name.name}": name for name in self._options}
-        units = [
-            Unit(key, [option for number, option in self._options[name].items() if number in (KEEP, *numbers)])
-            for key, name in names.items()
-        ]
+        hulls = self._hulls_of(conditions.sqnr, tuple(numbers))
         try:
-            chosen = choose(units, conditions, fixed=self._fixed, before=self.plans[0].bytes_before)
+            chosen = hulls.choose(conditions, fixed=self._fixed, before=self.plans[0].bytes_before)
         except SizeError as error:
             return error
-        return {names[key]: option for key, option in chosen.items()}
+        return {name: chosen[_key(name)] for name in self._options}
+
+    def _hulls_of(self, sqnr: Fraction | None, numbers: tuple[int, ...]) -> Hulls:
+        if (sqnr, numbers) not in self._hulls:
+            units = [
+                Unit(_key(name), [option for number, option in options.items() if number in (KEEP, *numbers)])
+                for name, options in self._options.items()
+            ]
+            self._hulls[sqnr, numbers] = Hulls(units, sqnr)
+        return self._hulls[sqnr, numbers]
 
     def _nothing(self, conditions: Conditions) -> str:
         """Why nothing would be quantized."""
@@ -182,13 +190,20 @@ class Alternatives:
         weights = Counter[int]()
         for name, option in chosen.items():
             if option.number != KEEP:
-                weights[option.number] += _weights(self._members[name])
+                weights[option.number] += self._weights[name]
         return min(weights, key=lambda number: (-weights[number], number))
 
     def _unit(self, name: UnitName, number: int) -> ChosenUnit:
-        members = self._members[name]
-        formats = {one[0].layer: None if number == KEEP else one[number].decision.format for one in members}
-        return ChosenUnit(name, formats, _weights(members), self._options[name], number)
+        if (name, number) not in self._units:
+            members = self._members[name]
+            formats = {one[0].layer: None if number == KEEP else one[number].decision.format for one in members}
+            self._units[name, number] = ChosenUnit(name, formats, self._weights[name], self._options[name], number)
+        return self._units[name, number]
+
+
+def _key(name: UnitName) -> str:
+    """By which equal steps are sorted."""
+    return f"{name.component}\n{name.name}"
 
 
 def check_conditions(methods: tuple[str, ...], plans: Sequence[Plan], conditions: Conditions) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal, localcontext
 from fractions import Fraction
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -91,42 +92,55 @@ def parse_conditions(auto_ignore: str | None, budget: str | None) -> Conditions 
     return Conditions(sqnr=sqnr, size=size)
 
 
-def choose(units: Sequence[Unit], conditions: Conditions, *, fixed: int, before: int) -> dict[str, Option]:
-    """Unit -> option, such that all ``conditions`` hold.
+class Hulls:
+    """What every unit may become, with an SQNR or without: its options on the convex hull of size and error.
 
-    Every unit begins with its smallest option that has the SQNR. Within a size, steps up the convex hull of each unit's
-    options are then taken, the best error reduction per byte first (of equal ones by name); one that no longer fits is
-    left out, with all after it of that unit. The error is at most that of the best choice there is plus the reduction
-    of the first step that was left out.
-
-    Args:
-        fixed: bytes of the quantized components that are in no unit.
-        before: all of their bytes in the source.
-
-    Raises:
-        SizeError: the smallest choice is larger than the size.
+    Asked for several sizes, it sorts the steps once.
     """
-    allowed = {unit.name: _allowed(unit, conditions.sqnr) for unit in units}
-    chosen = {name: options[0] for name, options in allowed.items()}
-    if conditions.size is None:
+
+    def __init__(self, units: Iterable[Unit], sqnr: Fraction | None) -> None:
+        self._hulls = {unit.name: _allowed(unit, sqnr) for unit in units}
+
+    @cached_property
+    def _steps(self) -> list[_Step]:
+        return sorted(step for name, hull in self._hulls.items() for step in _steps(name, hull))
+
+    def choose(self, conditions: Conditions, *, fixed: int, before: int) -> dict[str, Option]:
+        """Unit -> option, such that all ``conditions`` hold, whose SQNR is that of the hulls.
+
+        Every unit begins with its smallest option. Within a size, steps up each unit's hull are then taken, the best
+        error reduction per byte first (of equal ones by name); one that no longer fits is left out, with all after it
+        of that unit. The error is at most that of the best choice there is plus the reduction of the first step that
+        was left out.
+
+        Args:
+            fixed: bytes of the quantized components that are in no unit.
+            before: all of their bytes in the source.
+
+        Raises:
+            SizeError: the smallest choice is larger than the size.
+        """
+        chosen = {name: hull[0] for name, hull in self._hulls.items()}
+        if conditions.size is None:
+            return chosen
+        smallest = fixed + sum(option.size for option in chosen.values())
+        left = math.floor(conditions.size * before) - smallest
+        if left < 0:
+            given = " in which every quantized layer has that SQNR" if conditions.sqnr is not None else ""
+            raise SizeError(
+                f"{conditions}: the smallest choice{given} takes {smallest} of the source's {before} bytes "
+                f"(size<={_rounded_up(smallest, before)}). Allow more, ignore less, or give --methods that are "
+                "smaller.",
+                smallest,
+            )
+        closed: set[str] = set()
+        for step in self._steps:
+            if step.name in closed or step.size > left:
+                closed.add(step.name)
+                continue
+            left -= step.size
+            chosen[step.name] = step.option
         return chosen
-    smallest = fixed + sum(option.size for option in chosen.values())
-    left = math.floor(conditions.size * before) - smallest
-    if left < 0:
-        given = " in which every quantized layer has that SQNR" if conditions.sqnr is not None else ""
-        raise SizeError(
-            f"{conditions}: the smallest choice{given} takes {smallest} of the source's {before} bytes "
-            f"(size<={_rounded_up(smallest, before)}). Allow more, ignore less, or give --methods that are smaller.",
-            smallest,
-        )
-    closed: set[str] = set()
-    for step in sorted(step for name, options in allowed.items() for step in _steps(name, options)):
-        if step.name in closed or step.size > left:
-            closed.add(step.name)
-            continue
-        left -= step.size
-        chosen[step.name] = step.option
-    return chosen
 
 
 def total_error(chosen: Iterable[Option]) -> float:

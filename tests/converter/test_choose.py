@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from omni_convert.converter.choose import (
     Conditions,
+    Hulls,
     Option,
     SizeError,
     Unit,
-    choose,
     parse_conditions,
     total_error,
     total_size,
@@ -32,6 +32,13 @@ def unit(name: str, kept: int, *formats: tuple[int, float]) -> Unit:
     for number, (size, error) in enumerate(formats):
         options.append(Option(number, size, error, -10 * math.log10(error / 10) if error else math.inf))
     return Unit(name, options)
+
+
+def choose(units: Sequence[Unit], conditions: Conditions, *, fixed: int, before: int) -> dict[str, Option]:
+    hulls = Hulls(units, conditions.sqnr)
+    chosen = hulls.choose(conditions, fixed=fixed, before=before)
+    assert hulls.choose(conditions, fixed=fixed, before=before) == chosen
+    return chosen
 
 
 def before(units: Sequence[Unit]) -> int:
