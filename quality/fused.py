@@ -23,7 +23,7 @@ class Unit(NamedTuple):
 
 
 def engine_units(folder: Path, target: str, layers: Iterable[str]) -> dict[str, Unit]:
-    """The unit of every one of ``layers``, named as the modules of the model or pipeline in ``folder`` are."""
+    """The unit of every one of ``layers``, named as in the checkpoint in ``folder``, after its component if any."""
     index = folder / PIPELINE_INDEX
     pipeline = read_json(index).get("_class_name") if index.is_file() else None
     recipe = Recipe(parts={}, target=target)

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ from omni_convert.runtime.linear import QuantizedLinear
 
 @dataclass(kw_only=True)
 class LayerTrace:
-    """Sums of squares of a layer's output and of its error, over ``calls``. ``layer``: of a pipeline, after the name of
-    its component. ``unit``: what it is quantized or kept with."""
+    """Sums of squares of a layer's output and of its error, over ``calls``. ``layer``: its name in the
+    checkpoint, of a pipeline after that of its component. ``unit``: what it is quantized or kept with."""
 
     layer: str
     unit: Unit
@@ -104,13 +104,26 @@ def _pattern(kind: Unit, layers: Sequence[LayerTrace]) -> str:
     )
 
 
-def quantized_layers(model: Any) -> dict[str, QuantizedLinear]:
-    """Of a model or pipeline, by the names of ``LayerTrace``."""
-    return {name: module for name, module in all_modules(model).items() if isinstance(module, QuantizedLinear)}
+class Traced(NamedTuple):
+    """A quantized layer. ``module``: the name of the module that it stands for."""
+
+    module: str
+    linear: QuantizedLinear
+
+
+def quantized_layers(model: Any) -> dict[str, Traced]:
+    """Of a model or pipeline, by the names of ``LayerTrace``, which are those of the checkpoint."""
+    found = {}
+    for name, module in all_modules(model).items():
+        if isinstance(module, QuantizedLinear):
+            component = "" if isinstance(model, nn.Module) else name.partition(".")[0]
+            stored = ".".join(filter(None, (component, module.stored_name)))
+            found[stored if module.stored_name else name] = Traced(name, module)
+    return found
 
 
 def trace(
-    load: Callable[[], Any], layers: Mapping[str, QuantizedLinear], units: Mapping[str, Unit], ask: Ask,
+    load: Callable[[], Any], layers: Mapping[str, Traced], units: Mapping[str, Unit], ask: Ask,
     request: Request, device: torch.device,
 ) -> tuple[LayerTrace, ...]:  # fmt: skip
     """Ask the reference that ``load`` loads; the layers that it called, worst first. ``units``: of every layer.
@@ -125,19 +138,22 @@ def trace(
 
 @torch.inference_mode()
 def _trace(
-    reference: Any, layers: Mapping[str, QuantizedLinear], units: Mapping[str, Unit], ask: Ask, request: Request
+    reference: Any, layers: Mapping[str, Traced], units: Mapping[str, Unit], ask: Ask, request: Request
 ) -> list[LayerTrace]:
     modules = all_modules(reference)
-    if lost := [name for name in layers if name not in modules]:
+    if lost := [name for name, layer in layers.items() if layer.module not in modules]:
         raise OmniConvertError(
             f"the candidate has a quantized layer {lost[0]}, but the reference has no module of that name, expected "
             "two forms of one model. Compare a conversion with its source."
         )
     traces = {
-        name: LayerTrace(layer=name, unit=units[name], format=format_label(layer.format))
+        name: LayerTrace(layer=name, unit=units[name], format=format_label(layer.linear.format))
         for name, layer in layers.items()
     }
-    with _hooks({modules[name]: functools.partial(_compare, layers[name], traces[name]) for name in layers}):
+    hooks = {
+        modules[layer.module]: functools.partial(_compare, layer.linear, traces[name]) for name, layer in layers.items()
+    }
+    with _hooks(hooks):
         for prompt in request.prompts:
             ask(reference, prompt, True)
     return list(traces.values())

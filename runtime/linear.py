@@ -46,6 +46,8 @@ class QuantizedLinear(nn.Linear):
     """
 
     format: Format
+    stored_name: str | None = None
+    """What the checkpoint calls it, where a library may have renamed it; None: as the model does."""
 
     def __init__(
         self,

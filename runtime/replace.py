@@ -62,6 +62,7 @@ def replace_linears(
                 "Convert the checkpoint again."
             )
         quantized = _like(linear, online.layers[layer].format if online else config.format_on_disk(layer))
+        quantized.stored_name = layer
         quantized.await_stored()
         _put(model, places[linear], quantized)
         replaced[name] = layer

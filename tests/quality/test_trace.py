@@ -194,7 +194,7 @@ def test_a_layer_that_is_called_by_keyword() -> None:
     units, request = {"linear": Unit("", "linear")}, Request(task="text", prompts=("a",))
     (found,) = trace_layers(lambda: model, layers, units, ask, request, torch.device("cpu"))
     with torch.inference_mode():
-        error = (layers["linear"](values) - model(values)).float()
+        error = (layers["linear"].linear(values) - model(values)).float()
     assert found.calls == 1
     assert found.noise == pytest.approx(float(error.square().sum()))
 
