@@ -128,7 +128,7 @@ def _bytes(folder: Path) -> int:
 def test_from_hub_to_hub_on_little_disk(any_hub: HubServer, local: dict[str, bytes], tmp_path: Path) -> None:
     home = tmp_path / "home"
     disk = Disk(home)
-    status, out, err = command(any_hub, home, "--method", "int8", "org/base", f"hub:{REPO}")
+    status, out, err = command(any_hub, home, "--method", "int8", "--threads", "3", "org/base", f"hub:{REPO}")
     most = disk.stop()
     print(f"{most / SHARD:.2f} shards at most")
     assert status == 0, err
