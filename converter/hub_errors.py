@@ -5,7 +5,10 @@ Texts of the client are never passed on: they hold addresses that are signed, an
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +68,56 @@ def explained(repo: Repo, name: str = "") -> Iterator[None]:
         raise OmniConvertError(f"{repo.id}: {name and f'{printable(name)}: '}{text}") from None
 
 
+def check_client() -> None:
+    """Called before huggingface_hub is used for the first time.
+
+    Raises:
+        OmniConvertError: it cannot be imported, since it does not understand its settings.
+    """
+    try:
+        import huggingface_hub.constants  # noqa: F401
+    except ValueError as error:
+        raise OmniConvertError(
+            f"huggingface_hub cannot start ({printable(str(error))}). Correct or unset the environment variable that "
+            "it read: one of those that begin with HF_."
+        ) from error
+
+
+def setting_trouble(error: Exception) -> str | None:
+    """What is wrong here, or with what answers in place of the Hub, if that is the cause. It holds no secret."""
+    from huggingface_hub import constants
+
+    endpoint = re.sub("//[^/@]*@", "//", constants.ENDPOINT)
+    if isinstance(error, UnicodeEncodeError):
+        return "the token has characters that no token has. Log in anew (hf auth login), or correct HF_TOKEN."
+    if isinstance(error, ImportError) and "SOCKS" in str(error):
+        return "a SOCKS proxy is set (ALL_PROXY, HTTPS_PROXY), which takes a package: pip install 'httpx[socks]'."
+    if isinstance(error, (json.JSONDecodeError, KeyError, AttributeError, TypeError, IndexError)):
+        return (  # the client trusts what it reads
+            f"{endpoint} answered something that is not the Hub's ({type(error).__name__}). Check HF_ENDPOINT, and "
+            "proxies and login pages on the way."
+        )
+    if type(error).__name__ == "InvalidURL" or type(error) is ValueError:
+        return f"no address can be made of {endpoint} and the proxies that are set. Correct HF_ENDPOINT or HTTP_PROXY."
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        return "there are no certificates where SSL_CERT_FILE or SSL_CERT_DIR says. Correct or unset it."
+    if is_local(error):
+        assert isinstance(error, OSError)
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}. Check its rights and its disk: that of the Hub cache "
+            "(HF_HOME), or of temporary files (TMPDIR)."
+        )
+    return None
+
+
+def is_local(error: Exception) -> bool:
+    """Whether the operating system refused a file, and not a connection."""
+    from huggingface_hub.errors import HTTPError
+
+    is_network = isinstance(error, (HTTPError, ConnectionError, TimeoutError, socket.gaierror))
+    return isinstance(error, OSError) and error.errno is not None and not is_network
+
+
 def _explanation(error: Exception, repo: Repo, here: str) -> str | None:
     """``here``: what was found in place of a folder of that name, if that may be what was meant."""
     from huggingface_hub import constants, errors
@@ -87,8 +140,8 @@ def _explanation(error: Exception, repo: Repo, here: str) -> str | None:
         return "is no name that a repository can have, expected org/name. Check it."
     if isinstance(error, errors.HfHubHTTPError):
         return _status_explanation(error.response.status_code, page)
-    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
-        return None  # of the disk: it has a file name and a reason
+    if text := setting_trouble(error):
+        return text
     if may_pass(error):
         return (
             f"{here}the connection to {constants.ENDPOINT} failed ({_what(error)}), again and again. Check the "
@@ -102,6 +155,8 @@ def _status_explanation(status: int, page: str) -> str:
         return "the Hub refuses your token. Log in anew (hf auth login), or correct or unset HF_TOKEN."
     if status == 403:
         return f"the Hub forbids it (403){_login(': your token lacks the right to read it')}"
+    if status == 404:
+        return f"is not on the Hub any more ({page}), or not for you. Run again, to begin with what is there now."
     if status == 429:
         return "the Hub answers no more requests for now (429, too many). Wait some minutes, then run again."
     return f"the Hub answers {status} ({page}). Wait a while, then run again."
@@ -132,6 +187,8 @@ def may_pass(error: Exception) -> bool:
         return error.response.status_code in _TRANSIENT
     if isinstance(error, OfflineModeIsEnabled):
         return False
+    if isinstance(error, json.JSONDecodeError):
+        return True  # an answer that was cut off
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):
         return True
     if type(error) is OSError and error.errno is None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.converter.hub_errors import explained, retrying
+from omni_convert.converter.hub_errors import check_client, explained, retrying
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import is_plain_name, read_json
 
@@ -77,6 +77,7 @@ def list_repo(repo: Repo) -> Listing:
         OmniConvertError: no such repository or revision, no right to see it, no connection, or a file whose name or
             size cannot be.
     """
+    check_client()
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.hf_api import RepoFile
 

@@ -158,12 +158,12 @@ def fetching(checkpoint: Checkpoint, names: Sequence[str], *, show: bool) -> Ite
 
 def local_folder(source: str | os.PathLike[str]) -> Path:
     """``source`` as a folder that is whole: of a repository what its model needs, in the Hub cache."""
-    from huggingface_hub import snapshot_download
-
     repo = find_repo(source)
     if repo is None:
         return Path(source)
     hub = HubSource(repo)
+    from huggingface_hub import snapshot_download
+
     needed = [glob.escape(name) for name in hub.listing.files if name not in hub.left_out]
     with explained(repo):
         return Path(retrying(lambda: snapshot_download(repo.id, revision=hub.listing.commit, allow_patterns=needed)))

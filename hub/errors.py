@@ -5,12 +5,11 @@ No text of these errors holds a token: a server may quote what it was sent.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from typing import TypeVar
 
-from omni_convert.converter.hub_errors import retrying
+from omni_convert.converter.hub_errors import retrying, setting_trouble
 from omni_convert.formats.errors import OmniConvertError, printable
 
 _T = TypeVar("_T")
@@ -38,40 +37,29 @@ def attempt(step: Callable[[], _T], repo: str, doing: str) -> _T:
         HubError: the Hub refused, or still cannot be reached; says what to do.
         OmniConvertError: it is something here: a file, metadata of a card, HF_HUB_OFFLINE; or no Hub answers.
     """
-    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
     try:
-        return retrying(lambda: _answered(step, repo, doing))
+        return retrying(step)
     except OmniConvertError:
         raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:
         error = error.__cause__ if type(error) is RuntimeError and isinstance(error.__cause__, HTTPError) else error
         text, status = f"{repo}: {doing}: ", _status(error)
         if isinstance(error, LocalTokenNotFoundError):
             raise HubError(text + _NO_LOGIN, 401) from error
+        if isinstance(error, OfflineModeIsEnabled):
+            raise OmniConvertError(f"{text}HF_HUB_OFFLINE is set. Unset it, then run again.") from error
         if status is not None:
             raise HubError(text + _reason(status, error), status) from error
-        if isinstance(error, (FileNotFoundError, PermissionError)) or type(error) is ValueError:
+        if type(error) is ValueError:
             raise OmniConvertError(f"{text}{redact(str(error))}. Correct it, then run again.") from error
+        if trouble := setting_trouble(error):
+            raise OmniConvertError(text + trouble) from error
+        if not isinstance(error, (HTTPError, OSError, RuntimeError, ValueError)):
+            raise
         what = redact(str(error)) or type(error).__name__
         raise HubError(f"{text}the Hub cannot be reached ({what}). Check the connection. {_AGAIN}") from error
-
-
-def _answered(step: Callable[[], _T], repo: str, doing: str) -> _T:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    try:
-        return step()
-    except json.JSONDecodeError as error:
-        raise ConnectionError("an answer was cut off") from error
-    except OfflineModeIsEnabled as error:
-        raise OmniConvertError(f"{repo}: {doing}: HF_HUB_OFFLINE is set. Unset it, then run again.") from error
-    except (KeyError, AttributeError, TypeError, IndexError) as error:  # of the client, which trusts what it reads
-        raise OmniConvertError(
-            f"{repo}: {doing}: {redact(constants.ENDPOINT)} answered something that is not the Hub's "
-            f"({redact(f'{type(error).__name__}: {error}')}). Check HF_ENDPOINT, and proxies on the way."
-        ) from error
 
 
 def redact(text: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from omni_convert.converter.hub_errors import check_client
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.hub.errors import HubError, attempt
 
@@ -46,6 +47,7 @@ def parse_repo_id(text: str, *, is_base: bool = False) -> str:
     Raises:
         UsageError: not the name of a model repository.
     """
+    check_client()
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -66,11 +68,11 @@ class Repository:
     """Where a model is published, with the rights of the token that huggingface_hub finds (login or HF_TOKEN)."""
 
     def __init__(self, repo_id: str) -> None:
+        self.id = parse_repo_id(repo_id)  # before the client is imported, which this checks
         from huggingface_hub import HfApi
 
         from omni_convert import __version__
 
-        self.id = parse_repo_id(repo_id)
         self.api = HfApi(library_name="omni-convert", library_version=__version__)
 
     @property
