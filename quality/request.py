@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from numpy.typing import NDArray
-
 from omni_convert.formats.errors import UsageError, printable
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 Task = Literal["t2i", "t2v", "text"]
 TASKS: tuple[Task, ...] = get_args(Task)

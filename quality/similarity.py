@@ -21,10 +21,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 PEAK = 255.0
 _ROWS = 1 << 22
@@ -112,7 +113,7 @@ def sums(reference: NDArray[Any], candidate: NDArray[Any]) -> Sums:
     assert reference.shape == candidate.shape, (reference.shape, candidate.shape)
     flat = reference.reshape(-1), candidate.reshape(-1)
     starts = range(0, flat[0].size, _ROWS)
-    return total(_sums(*(array[start : start + _ROWS].astype(np.float64) for array in flat)) for start in starts)
+    return total(_sums(*(array[start : start + _ROWS].astype("float64") for array in flat)) for start in starts)
 
 
 def total(parts: Iterable[Sums]) -> Sums:
@@ -123,9 +124,9 @@ def _sums(reference: NDArray[np.float64], candidate: NDArray[np.float64]) -> Sum
     difference = candidate - reference
     return Sums(
         count=reference.size,
-        absolute=float(np.abs(difference).sum()),
+        absolute=float(abs(difference).sum()),
         squares=float(difference @ difference),
-        largest=float(np.abs(difference).max()),
+        largest=float(abs(difference).max()),
         reference=float(reference @ reference),
         candidate=float(candidate @ candidate),
         product=float(reference @ candidate),
