@@ -111,8 +111,9 @@ def open_checkpoint(path: Path, components: Sequence[str] = ()) -> Checkpoint:
         return _open_file(path, components)
     if not path.is_dir():
         raise OmniConvertError(
-            f"{path}: found nothing there, expected a model folder, a .safetensors file, or ORGANIZATION/NAME of a "
-            "repository on the Hub. A name without ORGANIZATION, such as gpt2, is a path."
+            f"{path}: found nothing there, expected a model folder, a .safetensors file, or "
+            "ORGANIZATION/NAME[@REVISION] of a repository on the Hub. A name without ORGANIZATION, such as gpt2, is a "
+            "path."
         )
     if (path / MARKER_NAME).exists():
         raise OmniConvertError(f"{path}: is the unfinished output of a conversion. Run that conversion again.")

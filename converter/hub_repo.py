@@ -15,7 +15,10 @@ from omni_convert.converter.hub_errors import check_client, explained, retrying
 from omni_convert.formats.errors import OmniConvertError, printable
 from omni_convert.formats.layout import is_plain_name, read_json
 
-_NAME = re.compile(r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)(@(?P<revision>[^@\s]+))?")
+_ID = r"(?P<id>[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*)"
+_NAME = re.compile(rf"{_ID}(@(?P<revision>[^@\s]+))?")
+_ADDRESS = re.compile(rf"(https?:/+(huggingface|hf)\.co/|hf:/+){_ID}((/tree/|@)(?P<revision>[^@\s]+?))?/?")
+"""Of a page, or as huggingface_hub writes it; a path has one slash of two."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 """A sha1, as of everything in git."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -23,10 +26,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Repo:
-    """``org/name``, and a branch, tag, commit or ``refs/pr/N``."""
+    """``org/name``, and a branch, tag, commit or ``refs/pr/N``. ``is_pinned``: whether that was said."""
 
     id: str
     revision: str = "main"
+    is_pinned: bool = False
 
     def __str__(self) -> str:
         return f"{self.id}@{self.revision}"
@@ -65,9 +69,11 @@ class Listing:
 
 
 def parse_repo(text: str) -> Repo | None:
-    """The repository that ``org/name`` or ``org/name@revision`` means; None for any other text."""
-    match = _NAME.fullmatch(text)
-    return Repo(match["id"], match["revision"] or Repo.revision) if match else None
+    """The repository that ``org/name``, ``org/name@revision`` or its address means; None for any other text."""
+    match = _NAME.fullmatch(text) or _ADDRESS.fullmatch(text)
+    if match is None:
+        return None
+    return Repo(match["id"], match["revision"] or Repo.revision, is_pinned=bool(match["revision"]))
 
 
 def list_repo(repo: Repo) -> Listing:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +154,15 @@ def fetching(checkpoint: Checkpoint, names: Sequence[str], *, show: bool) -> Ite
     missing = hub.downloads.missing(names)
     with progress_bar("download", missing, show=show) as advance, hub.downloads.running(names, advance):
         yield
+
+
+def converted_from(source: str | os.PathLike[str], recorded: Mapping[str, Any]) -> str | os.PathLike[str]:
+    """``source``, at the commit that was converted if it is the repository of a manifest's ``source``, without a
+    revision of its own."""
+    repo = find_repo(source)
+    if repo is None or repo.is_pinned or repo.id != recorded.get("repo"):
+        return source
+    return f"{repo.id}@{recorded['revision']}"
 
 
 def local_folder(source: str | os.PathLike[str]) -> Path:

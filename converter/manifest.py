@@ -124,8 +124,13 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
     """The manifest of a finished conversion; None if the folder has none.
 
     Raises:
-        OmniConvertError: the conversion is unfinished, or the manifest is damaged.
+        OmniConvertError: there is no such folder, the conversion is unfinished, or the manifest is damaged.
     """
+    if not root.is_dir():
+        raise OmniConvertError(
+            f"{root}: found no {MANIFEST_NAME}, expected a folder written by omni-convert, and there is none. What is "
+            "on the Hub is downloaded first: hf download ORGANIZATION/NAME --local-dir DIR"
+        )
     if (root / MARKER_NAME).exists():
         raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again.")
     if not (root / MANIFEST_NAME).is_file():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from omni_convert.converter.compare import LayerComparison, compare_component
 from omni_convert.converter.contract import check_contract, is_quantized
 from omni_convert.converter.files import processors
 from omni_convert.converter.hashes import file_problems
-from omni_convert.converter.hub_source import local_folder
+from omni_convert.converter.hub_source import converted_from, local_folder
 from omni_convert.converter.inspect import quantized_layers
 from omni_convert.converter.manifest import layer_formats, read_manifest
 from omni_convert.converter.recipe import Recipe
@@ -80,7 +80,8 @@ def verify(
     out: str | os.PathLike[str], *, source: str | os.PathLike[str] | None = None, progress: bool = False
 ) -> Verification:
     """Check the converted checkpoint ``out``, and with ``source``, a path or a repository on the Hub, also what
-    quantization did to every layer.
+    quantization did to every layer. Of the repository that was converted the commit is taken that was, unless
+    ``source`` names a revision.
 
     Of a quantized folder without a manifest, only whether vLLM-Omni could load it is checked.
 
@@ -105,8 +106,11 @@ def verify(
             continue
         result.checks += _check_component(components[name], recipe, formats[name], entry["tensors"], _title(name))
     if source is not None:
-        original = Path(os.path.abspath(local_folder(source)))
-        result.checks.append(check_source(original, manifest["source"]))
+        meant = converted_from(source, manifest["source"])
+        original = Path(os.path.abspath(local_folder(meant)))
+        said = "" if meant == source else f", of {meant}, which was converted"
+        check = check_source(original, manifest["source"])
+        result.checks.append(replace(check, checked=check.checked + said))
         if result.ok:
             for name, component in components.items():
                 _compare(result, original, component, formats[name], name)

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from omni_convert.converter.manifest import read_manifest
 from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.plan import encode_json
 from omni_convert.converter.verify import verify
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
-from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, MARKER_NAME, PIPELINE_INDEX, read_json
+from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import format_bytes, format_table
 from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
 from omni_convert.hub.errors import HubError
@@ -271,9 +272,7 @@ def _check_whole(root: Path) -> None:
     """Raises:
     OmniConvertError: not a finished conversion.
     """
-    if (root / MARKER_NAME).exists():
-        raise OmniConvertError(f"{root}: is the unfinished output of a conversion. Run that conversion again first.")
-    if not (root / MANIFEST_NAME).is_file():
+    if read_manifest(root) is None:
         raise OmniConvertError(f"{root}: found no {MANIFEST_NAME}, expected a folder written by omni-convert.")
 
 

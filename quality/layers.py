@@ -120,7 +120,7 @@ def read_conversion(out: str | os.PathLike[str]) -> Conversion:
         OmniConvertError: ``out`` is not a finished conversion, or its manifest does not fit its files.
     """
     root = Path(os.path.abspath(out))
-    manifest = read_manifest(root) if root.is_dir() else None
+    manifest = read_manifest(root)
     if manifest is None:
         raise OmniConvertError(f"{root}: found no {MANIFEST_NAME}, expected a folder written by omni-convert.")
     recipe = Recipe.from_dict(manifest["recipe"])
