@@ -29,9 +29,10 @@ from omni_convert.quality.trace import LayerTrace, quantized_layers, trace
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """``quantization``: how it is quantized while it loads, in words; None: as it is on disk. ``target``: the engine
-    that decides what is quantized as a whole."""
+    """``name``: as the user gave it, of what lies in ``folder``. ``quantization``: how it is quantized while it loads,
+    in words; None: as it is on disk. ``target``: the engine that decides what is quantized as a whole."""
 
+    name: str
     folder: Path
     quantization: str | None
     target: str

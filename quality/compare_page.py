@@ -31,7 +31,7 @@ _WORST = 3
 
 def comparison_page(comparison: Comparison) -> str:
     """A whole HTML document."""
-    title = f"What changed: {comparison.candidate.quantization or comparison.candidate.folder.name}"
+    title = f"What changed: {comparison.candidate.quantization or Path(comparison.candidate.name).name}"
     lines = [f"{side}: {model_text(getattr(comparison, side))}" for side in ("reference", "candidate")]
     sections = [html.header(title, *lines, _asked(comparison)), _facts(comparison)]
     sections += [_answers(pair, number) for number, pair in enumerate(comparison.pairs, 1)]

@@ -38,7 +38,7 @@ def comparison_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _model_dict(model: Model) -> dict[str, Any]:
-    return {"model": str(model.folder), "quantization": model.quantization}
+    return {"model": model.name, "quantization": model.quantization}
 
 
 def _pair_dict(pair: Pair) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def model_text(model: Model) -> str:
-    return f"{model.folder}{f', quantized to {model.quantization}' if model.quantization else ''}"
+    return f"{model.name}{f', quantized to {model.quantization}' if model.quantization else ''}"
 
 
 def metric_rows(comparison: Comparison) -> list[list[str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omni_convert.converter.checkpoint import open_component
+from omni_convert.converter.hub_source import local_folder
 from omni_convert.formats.errors import printable
 from omni_convert.formats.quant_config import NONE
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
@@ -158,7 +159,8 @@ def report(
 
     Args:
         out: a finished conversion.
-        source: the model that was converted, to measure every layer anew in one pass over it.
+        source: the model that was converted, a folder or a repository on the Hub, to measure every layer anew in one
+            pass over it.
         run: what ``convert`` returned, with what it gathered if it was asked for ``statistics``: no weight of the
             source is read again. Without it and ``source``, what the manifest and the codes tell.
         trace: JSON that ``compare`` wrote with ``--trace-layers``: the error of layers on real activations.
@@ -172,7 +174,7 @@ def report(
     outputs = read_trace(Path(trace), done) if trace is not None else {}
     codes = _codes(done)
     if source is not None:
-        errors = _measured(done, Path(os.path.abspath(source)), codes, progress)
+        errors = _measured(done, Path(os.path.abspath(local_folder(source))), codes, progress)
         statistics = {place: error.statistics for place, error in errors.items() if error.statistics}
         done = replace(done, layers=tuple(_with_error(layer, errors) for layer in done.layers))
         origin = f"Measured anew, against {Path(source).name}."

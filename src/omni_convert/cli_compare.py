@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from omni_convert.cli_output import check_place, json_option, note_written, print_result
+from omni_convert.cli_output import check_place, json_option, note_local, note_written, print_result
 from omni_convert.formats import FORMATS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.quality.gate import GATES
@@ -23,7 +23,9 @@ _FOLDER = click.Path(path_type=Path)
 
 
 @click.command(short_help="Compare what a quantized model generates with what its source does.")
-@click.option("--reference", type=_FOLDER, required=True, metavar="MODEL", help="The model to compare with.")
+@click.option(
+    "--reference", type=_FOLDER, required=True, metavar="MODEL", help="The model to compare with, here or on the Hub."
+)
 @click.option("--candidate", type=_FOLDER, metavar="OUT", help="Its conversion.")
 @click.option(
     "--quantization",
@@ -84,6 +86,8 @@ def compare(
     from omni_convert.converter.recipe import read_recipe
 
     models = [folder for folder in (reference, candidate) if folder]
+    for model in models:
+        note_local(model)
     for option, path in (("--output-json", output_json), ("--html", page), ("--save-output-dir", save_output_dir)):
         if path:
             check_place(path, option, outside=models, is_folder=option == "--save-output-dir")

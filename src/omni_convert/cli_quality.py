@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from omni_convert.cli_output import check_place, json_option, note_written, print_result, write_text, writing
+from omni_convert.cli_output import (
+    check_place,
+    json_option,
+    note_local,
+    note_written,
+    print_result,
+    write_text,
+    writing,
+)
 
 
 @click.command(short_help="Show what quantization cost every layer, as a page, as data or as pictures.")
@@ -42,6 +50,8 @@ def report(
         check_place(output, "-o", outside=read)
     if pictures:
         check_place(pictures, "--pictures", outside=read, is_folder=True)
+    if source:
+        note_local(source)
     found = layer_report(out, source=source, trace=trace, progress=True)
     if output:
         write_text(output, found.to_html())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni_convert.converter.hub_source import local_folder
 from omni_convert.converter.manifest import read_manifest
 from omni_convert.converter.recipe import Choices
 from omni_convert.formats.errors import UsageError
@@ -48,8 +49,9 @@ def compare(
     """Generate with a reference and with a quantized candidate, one after the other, and compare what comes out.
 
     Args:
-        reference: folder of a Diffusers pipeline, or for ``text`` of one Transformers model; plain or converted.
-        candidate: such a folder; None: the reference, quantized while it loads.
+        reference: folder of a Diffusers pipeline, or for ``text`` of one Transformers model; plain or converted. Or a
+            repository on the Hub, ``org/name[@revision]``, of which what the model needs is downloaded.
+        candidate: likewise; None: the reference, quantized while it loads.
         quantization, choices: as ``load`` takes them, in place of a candidate.
         task: ``t2i``, ``t2v``, or ``text``, which compares logits (of an encoder, hidden states) over the prompt.
         prompt: one or several.
@@ -80,37 +82,38 @@ def compare(
     if (candidate is not None) == quantized:
         found = "both a candidate and a quantization" if quantized else "neither a candidate nor a quantization"
         raise UsageError(f"found {found}, expected one of them: --candidate OUT, or --quantization METHOD.")
-    first = _stored(Path(reference), target)
+    folder = local_folder(reference)
+    first = _stored(os.fspath(reference), folder, target)
     if candidate is not None:
-        second = _stored(Path(candidate), target)
+        second = _stored(os.fspath(candidate), local_folder(candidate), target)
     else:
-        second = _online(Path(reference), quantization, target, choices)
+        second = _online(os.fspath(reference), folder, quantization, target, choices)
     return compare_models(
         first, second, request, gate=conditions, trace_layers=trace_layers, device=target, progress=progress
     )
 
 
-def _stored(folder: Path, device: torch.device) -> Model:
+def _stored(name: str, folder: Path, device: torch.device) -> Model:
     """As it is, or quantized while it loads, if its config asks for that."""
     from omni_convert.quality.compare import Model
     from omni_convert.runtime.load import asked_online, prepare
 
     if (asked := asked_online(folder)) is not None:
-        return _online(folder, asked, device, {})
+        return _online(name, folder, asked, device, {})
     load, manifest = prepare(folder, device=device), read_manifest(folder)
     target = str(manifest["recipe"].get("target", DEFAULT_TARGET)) if manifest else DEFAULT_TARGET
-    return Model(folder=folder, quantization=None, target=target, load=load)
+    return Model(name=name, folder=folder, quantization=None, target=target, load=load)
 
 
-def _online(folder: Path, quantization: Spec, device: torch.device, choices: Choices) -> Model:
+def _online(name: str, folder: Path, quantization: Spec, device: torch.device, choices: Choices) -> Model:
     from omni_convert.online import prepare_online
     from omni_convert.quality.compare import Model
 
     load = prepare_online(folder, quantization, device=device, dtype=None, **choices)
     given: dict[str, Any] = {"": quantization, **choices}
-    words = [_in_words(name, value) for name, value in given.items() if value not in (None, (), [])]
+    words = [_in_words(key, value) for key, value in given.items() if value not in (None, (), [])]
     target = choices.get("target") or (choices.get("recipe") or {}).get("target", DEFAULT_TARGET)
-    return Model(folder=folder, quantization=", ".join(words), target=target, load=load)
+    return Model(name=name, folder=folder, quantization=", ".join(words), target=target, load=load)
 
 
 def _in_words(name: str, value: Any) -> str:
