@@ -60,10 +60,6 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
     manifest = load_manifest(folder / MANIFEST_NAME)
     recipe = Recipe.from_dict(manifest["recipe"])
     library = library_of(folder, manifest["source"]["kind"])
-    methods = list(dict.fromkeys(fmt.name for fmt in recipe.formats))
-    data = make_metadata(
-        read_metadata(folder / CARD_NAME), base_model=base.repo, library=library, tags=["omni-convert", *methods]
-    )
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
         _opening(manifest, recipe, base),
@@ -77,7 +73,18 @@ def make_card(folder: Path, repo_id: str, *, base: Base, picture: bool = False) 
         "## How it was made",
         _making(manifest, base),
     ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    head = card_head(folder, manifest["source"]["kind"], recipe, base.repo)
+    return str(ModelCard(f"{head}\n" + "\n\n".join(sections) + "\n"))
+
+
+def card_head(folder: Path, kind: str, recipe: Recipe, base_model: str | None) -> str:
+    """The metadata of a card, between its lines. ``folder``: the conversion, or its source of that ``kind``."""
+    methods = list(dict.fromkeys(fmt.name for fmt in recipe.formats))
+    data = make_metadata(
+        read_metadata(folder / CARD_NAME), base_model=base_model, library=library_of(folder, kind),
+        tags=["omni-convert", *methods],
+    )  # fmt: skip
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def base_of(manifest: Mapping[str, Any], given: str | None) -> Base:

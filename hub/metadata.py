@@ -85,6 +85,8 @@ def check_card(path: Path) -> str:
             f"{path}: is no model card ({printable(str(error), 300)}), expected Markdown that may begin with metadata: "
             "YAML between lines of ---. Correct it."
         ) from error
+    if not text.strip():
+        raise OmniConvertError(f"{path}: is empty, expected a model card. Leave out --card to have one written.")
     return text
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +20,11 @@ from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
 from omni_convert.formats.text import format_bytes, format_table
 from omni_convert.hub.card import PICTURE_NAME, base_of, make_card
+from omni_convert.hub.card_place import CARD_SHA256, check_replaceable, read_texts
 from omni_convert.hub.errors import HubError
-from omni_convert.hub.metadata import CARD_NAME, check_card
+from omni_convert.hub.metadata import CARD_NAME
 from omni_convert.hub.picture import draw_picture
-from omni_convert.hub.repository import Draft, RemoteFile, Repository, git_oid, parse_repo_id
+from omni_convert.hub.repository import Draft, RemoteFile, Repository, git_oid, parse_repo_id, without_bars
 
 NOT_PUBLISHED = (CARD_NAME, ".gitattributes")
 """Files of the base's repository that are about it: ours has a card and settings of its own."""
@@ -83,13 +86,14 @@ def push(
         OmniConvertError: ``out`` is unfinished, fails ``verify``, or the Hub refuses; says what to do.
     """
     root = Path(os.path.abspath(out))
-    repo, given = target_repository(repo_id, base_model), check_card(Path(card)) if card is not None else None
+    repo, given = target_repository(repo_id, base_model), read_texts(card, message)
     _check_whole(root)
     try:
         repo.user()  # before the folder is read for verification, which takes a while
         _verify(root, progress)
         upload = FolderUpload(root, repo, given, base_model)
-        return publish(upload, private=private, create_pr=create_pr, message=message, confirm=confirm)
+        with without_bars(unless=progress and sys.stderr.isatty()):
+            return publish(upload, private=private, create_pr=create_pr, message=message, confirm=confirm)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(str(interrupt) or " Nothing was uploaded.") from None
 
@@ -136,11 +140,15 @@ class FolderUpload:
         picture = draw_picture(manifest)
         text = card if card is not None else make_card(root, repo.id, base=self.base, picture=picture is not None)
         files = {name: entry for name, entry in manifest["files"].items() if name not in NOT_PUBLISHED}
-        made = {MANIFEST_NAME: encode_json({**manifest, "files": files}), CARD_NAME: text.encode()}
+        self.has_own_card = card is not None
+        manifest = {key: value for key, value in manifest.items() if key != CARD_SHA256} | {"files": files}
+        self.mark = f"(omni-convert {hashlib.sha256(encode_json(manifest)).hexdigest()[:12]})"
+        if not self.has_own_card:
+            manifest[CARD_SHA256] = hashlib.sha256(text.encode()).hexdigest()
+        made = {MANIFEST_NAME: encode_json(manifest), CARD_NAME: text.encode()}
         self.made: dict[str, bytes] = made | ({PICTURE_NAME: picture} if picture is not None else {})
         self.files = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
         self.files |= {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in self.made.items()}
-        self.mark = f"(omni-convert {self.files[MANIFEST_NAME][1][:12]})"
         self.title = f"{self.methods} weights of {self.base.repo or self.base.name}"
 
     @property
@@ -170,13 +178,18 @@ def publish(
 ) -> Publication | None:
     """Show, ask, upload, compare, merge."""
     repo = upload.repo
-    repo.user()
-    published = repo.files() or {}
-    changes = find_changes(upload, published)
+    published = repo.files()
+    if private and published is not None:
+        repo.check_private()
+    changes = find_changes(upload, published or {})
+    card_changes = any(change.name == CARD_NAME and change.state == "changed" for change in changes)
+    if card_changes and not (upload.has_own_card or create_pr):
+        check_replaceable(repo, published or {})
     if not confirm(repo.url, changes):
         return None
     if all(change.state == "unchanged" for change in changes):
         return Publication(repo=repo.id, url=repo.url, changes=changes)
+    repo.check_metadata(upload.made[CARD_NAME].decode())
     prepare(repo, private=private, create_pr=create_pr)
     draft = repo.open_draft(upload.title if message is None else message, upload.mark)
     try:
@@ -210,7 +223,9 @@ def seal(
     repo, removed = upload.repo, [change.name for change in changes if change.state == "removed"]
     if set(stale_files(repo, repo.files() or {}, upload.files)) != set(removed):
         raise HubError(f"{repo.url}: holds another conversion than before the upload. Look at it, then run again.", 409)
-    draft.commit(last, removed, "Config, index, manifest and card")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warnings while validating metadata", UserWarning)  # a card may have none
+        draft.commit(last, removed, "Config, index, manifest and card")
     draft.check(upload.files, upload.oid)
     draft.open()
     if not create_pr:

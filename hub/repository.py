@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -74,6 +75,7 @@ class Repository:
         from omni_convert import __version__
 
         self.api = HfApi(library_name="omni-convert", library_version=__version__)
+        self._user: str | None = None
 
     @property
     def url(self) -> str:
@@ -85,7 +87,9 @@ class Repository:
         Raises:
             HubError: nobody's.
         """
-        return str(self._try(lambda: self.api.whoami()["name"], "cannot be written to"))
+        if self._user is None:
+            self._user = str(self._try(lambda: self.api.whoami()["name"], "cannot be written to"))
+        return self._user
 
     def files(self, revision: str = MAIN) -> dict[str, RemoteFile] | None:
         """What a revision holds; None if there is no such repository."""
@@ -123,7 +127,14 @@ class Repository:
             UsageError: ``private``, and everybody sees the one that is there.
         """
         self._try(lambda: self.api.create_repo(self.id, private=private or None, exist_ok=True), "cannot be created")
-        if private and not self._try(lambda: self.api.repo_info(self.id), "cannot be read").private:
+        if private:
+            self.check_private()
+
+    def check_private(self) -> None:
+        """Raises:
+        UsageError: everybody sees it.
+        """
+        if not self._try(lambda: self.api.repo_info(self.id), "cannot be read").private:
             raise UsageError(
                 f"{self.url}: is there and public, so --private would not be kept. Make it private in its settings "
                 f"({self.url}/settings), or leave out --private."
@@ -132,6 +143,20 @@ class Repository:
     def check_write(self) -> None:
         """Before a byte is uploaded: everybody may open a pull request, but not merge it."""
         self._try(lambda: self.api.auth_check(self.id, write=True), "cannot be written to")
+
+    def check_metadata(self, card: str) -> None:
+        """Have the Hub check the metadata of a card, as it does of every commit.
+
+        Raises:
+            HubError: it would take no commit with that card.
+        """
+        from huggingface_hub.utils import get_session, hf_raise_for_status
+
+        def ask() -> None:
+            body = {"repoType": "model", "content": card}
+            hf_raise_for_status(get_session().post(f"{self.api.endpoint}/api/validate-yaml", json=body))
+
+        self._try(ask, "the metadata of its card cannot be published")
 
     def find_draft(self, mark: str) -> Draft | None:
         """The pull request of this user, neither closed nor merged, whose title ends with ``mark``."""
@@ -285,3 +310,18 @@ class Draft:
             f"{self.repo.url}: main changed {what} since {self.url} was begun, which was therefore closed; nothing was "
             "published. Look at what changed there, then run again: that opens another pull request.", 409,
         )  # fmt: skip
+
+
+@contextmanager
+def without_bars(*, unless: bool = False) -> Iterator[None]:
+    """Without huggingface_hub's own progress bars: one for every file, also where stderr is no terminal."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if unless or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,8 +31,9 @@ from omni_convert.converter.plan import Plan
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
+from omni_convert.hub.card import card_head
+from omni_convert.hub.card_place import check_replaceable, read_texts
 from omni_convert.hub.errors import redact
-from omni_convert.hub.metadata import check_card
 from omni_convert.hub.push import (
     NOT_PUBLISHED,
     FolderUpload,
@@ -44,7 +45,7 @@ from omni_convert.hub.push import (
     stale_files,
     target_repository,
 )
-from omni_convert.hub.repository import Draft, git_oid, parse_repo_id
+from omni_convert.hub.repository import Draft, git_oid, parse_repo_id, without_bars
 from omni_convert.hub.work import Work, analysis_folder
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def transfer(plan: Plan, target: Target, means: Means, *, progress: bool, starte
     """Carry out a plan; the result is in a repository, and the work folder is gone."""
     if means.engine != "local":
         raise UsageError(f"--engine {means.engine} writes into a folder. Convert into one, then: omni-convert push.")
-    with _without_bars():
+    with without_bars():
         outlet = HubOutlet(plan, target, means, progress=progress)
         report = run(plan, outlet.work.out, outlet.means, progress=progress, started=started, outlet=outlet)
     outlet.work.remove()
@@ -149,7 +150,7 @@ class HubOutlet:
         self._plan, job = plan, job_identity(plan)
         self.work = Work(target.work, target.repo_id, job)
         self._target = target
-        self._card = check_card(Path(target.card)) if target.card is not None else None
+        self._card = read_texts(target.card, target.message)
         hub = plan.checkpoint.hub
         self.means = replace(means, scratch=self.work.downloads if hub else None)
         self._repo = target_repository(target.repo_id, target.base_model, hub.listing.repo.id if hub else None)
@@ -164,6 +165,12 @@ class HubOutlet:
         with TemporaryDirectory(prefix="omni-convert-") as folder:
             self._check_contract(Path(folder), contract_values.RULES)
         check(plan, self.work.out, self.means, kept=False)
+        if self._card is None and not target.create_pr:
+            check_replaceable(self._repo, self._published)
+        base = target.base_model or (hub.listing.repo.id if hub else None)
+        self._repo.check_metadata(
+            self._card or card_head(plan.checkpoint.root, plan.checkpoint.kind, plan.recipe, base)
+        )
         prepare(self._repo, private=target.private, create_pr=target.create_pr)
         self._close_drafts(removed)
         self._draft = self._repo.find_draft(self._mark)
@@ -292,21 +299,6 @@ class HubOutlet:
 def _mark(identity: str) -> str:
     """What the title of a job's pull request ends with."""
     return f"(omni-convert {identity})"
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without huggingface_hub's own progress bars: one for every file, and through ours."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 def _tell(text: str) -> None:

@@ -93,6 +93,9 @@ def _asking(yes: bool) -> Confirm:
             return True
         if not sys.stdin.isatty():
             raise UsageError("Nobody can be asked whether to upload that: pass --yes.")
-        return click.confirm("Upload?", err=True)
+        try:
+            return click.confirm("Upload?", err=True)
+        except click.Abort:
+            raise KeyboardInterrupt from None
 
     return confirm

@@ -154,13 +154,6 @@ def test_a_card_of_ones_own(here: HubServer, outs: dict[str, Path], tmp_path: Pa
     assert published(here, REPO)["README.md"] == (tmp_path / "card.md").read_bytes()
 
 
-def test_the_server_checks_the_metadata(here: HubServer, outs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "card.md").write_text("---\nbase_model_relation: quantized\n---\n")
-    with pytest.raises(OmniConvertError, match="base_model_relation needs base_model"):
-        push(outs["int8"], REPO, card=tmp_path / "card.md")
-    assert mains(here) == [{".gitattributes"}]
-
-
 @pytest.mark.parametrize("name", ["model", "a/b/c", "me/-x", "me/a b", "datasets/me/x", "me/x.git", ""])
 def test_names_that_are_none(here: HubServer, outs: dict[str, Path], name: str) -> None:
     with pytest.raises(UsageError, match="is no name of a model repository, expected ORGANIZATION/NAME"):

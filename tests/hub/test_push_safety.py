@@ -166,7 +166,7 @@ def test_another_conversion_that_arrives_during_the_upload(
 
 @pytest.mark.parametrize("late", [True, False])
 def test_a_card_that_somebody_changes_meanwhile(
-    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    here: HubServer, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     """Before the comparison of main, or after it, where the Hub finds the conflict."""
     stop_at(monkeypatch, here, "open", {"README.md": b"mine"})
@@ -175,7 +175,8 @@ def test_a_card_that_somebody_changes_meanwhile(
     with pytest.raises(OmniConvertError, match=r"main changed .* since .*discussions/1 was begun, .*run again"):
         push(out, REPO)
     assert published(here, REPO)["README.md"] == b"mine"
-    push(out, REPO)
+    (card := tmp_path / "card.md").write_text("yours")
+    push(out, REPO, card=card)
     assert [pull.status for pull in here.store.repos[REPO].discussions] == ["closed", "merged"]
 
 
@@ -198,12 +199,13 @@ def test_other_files_that_arrive_meanwhile_stay(
 
 
 def test_a_file_that_was_there_and_changes_meanwhile(
-    here: HubServer, out: Path, monkeypatch: pytest.MonkeyPatch
+    here: HubServer, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is not part of the pull request, so a merge would show the others with it."""
     push(out, REPO)
     put(here, {"README.md": b"older"})
     stop_at(monkeypatch, here, "open", {"model_index.json": b"{}"})
+    (card := tmp_path / "card.md").write_text("newer")
     with pytest.raises(OmniConvertError, match=r"main changed model_index\.json since"):
-        push(out, REPO)
+        push(out, REPO, card=card)
     assert published(here, REPO)["README.md"] == b"older"
