@@ -20,7 +20,9 @@ from omni_convert.formats.layout import (
     read_json,
 )
 
-_OTHER_LIBRARIES = re.compile(r"\.(gguf|onnx|onnx_data|tflite|h5|msgpack|ot|mlmodel|pte|engine)$", re.IGNORECASE)
+_OTHER_LIBRARIES = re.compile(
+    r"\.(gguf|onnx|onnx[._]data(_\d+)?|tflite|h5|msgpack|ot|mlmodel|pte|engine)$", re.IGNORECASE
+)
 _SHARD_INDEX = re.compile(r"\.safetensors\.index.*\.json$")
 _SKIPPED = {".git": "version control", ".cache": "download cache", "__pycache__": "Python's cache"}
 

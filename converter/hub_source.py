@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from omni_convert.converter.hub_downloads import Downloads, HubFile
 from omni_convert.converter.hub_errors import explained, retrying
 from omni_convert.converter.hub_repo import Listing, Repo, list_repo, parse_repo, remember
 from omni_convert.converter.hub_view import make_view
-from omni_convert.converter.progress import progress_bar
+from omni_convert.converter.progress import progress_bar, without_bars
 from omni_convert.converter.source import SourceFile
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 
@@ -174,5 +175,5 @@ def local_folder(source: str | os.PathLike[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     needed = [glob.escape(name) for name in hub.listing.files if name not in hub.left_out]
-    with explained(repo):
+    with explained(repo), without_bars(unless=sys.stderr.isatty()):
         return Path(retrying(lambda: snapshot_download(repo.id, revision=hub.listing.commit, allow_patterns=needed)))

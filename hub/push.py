@@ -15,6 +15,7 @@ from typing import Any
 from omni_convert.converter.manifest import read_manifest
 from omni_convert.converter.manifest_shape import load_manifest
 from omni_convert.converter.plan import encode_json
+from omni_convert.converter.progress import without_bars
 from omni_convert.converter.verify import verify
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.layout import CONFIG_NAME, MANIFEST_NAME, PIPELINE_INDEX, read_json
@@ -24,7 +25,7 @@ from omni_convert.hub.card_place import CARD_SHA256, check_replaceable, read_tex
 from omni_convert.hub.errors import HubError
 from omni_convert.hub.metadata import CARD_NAME
 from omni_convert.hub.picture import draw_picture
-from omni_convert.hub.repository import Draft, RemoteFile, Repository, git_oid, parse_repo_id, without_bars
+from omni_convert.hub.repository import Draft, RemoteFile, Repository, git_oid, parse_repo_id
 
 NOT_PUBLISHED = (CARD_NAME, ".gitattributes")
 """Files of the base's repository that are about it: ours has a card and settings of its own."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -310,18 +309,3 @@ class Draft:
             f"{self.repo.url}: main changed {what} since {self.url} was begun, which was therefore closed; nothing was "
             "published. Look at what changed there, then run again: that opens another pull request.", 409,
         )  # fmt: skip
-
-
-@contextmanager
-def without_bars(*, unless: bool = False) -> Iterator[None]:
-    """Without huggingface_hub's own progress bars: one for every file, also where stderr is no terminal."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if unless or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

@@ -28,6 +28,7 @@ from omni_convert.converter.folder import OutputFolder
 from omni_convert.converter.job import job_identity
 from omni_convert.converter.outlet import SMALL_BYTES, is_small
 from omni_convert.converter.plan import Plan
+from omni_convert.converter.progress import without_bars
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes
@@ -45,7 +46,7 @@ from omni_convert.hub.push import (
     stale_files,
     target_repository,
 )
-from omni_convert.hub.repository import Draft, git_oid, parse_repo_id, without_bars
+from omni_convert.hub.repository import Draft, git_oid, parse_repo_id
 from omni_convert.hub.work import Work, analysis_folder
 
 if TYPE_CHECKING:

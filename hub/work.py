@@ -96,8 +96,10 @@ def analysis_folder(parent: str | os.PathLike[str] | None, repo_id: str) -> Iter
             ) from error
         except OSError:  # a file system without locks
             pass
-        yield path
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(lock)
 

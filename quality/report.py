@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omni_convert.converter.checkpoint import open_component
-from omni_convert.converter.hub_source import local_folder
+from omni_convert.converter.hub_source import converted_from, local_folder
 from omni_convert.formats.errors import printable
 from omni_convert.formats.quant_config import NONE
 from omni_convert.formats.text import format_bytes, format_db, format_table, mean_db
@@ -174,7 +174,9 @@ def report(
     outputs = read_trace(Path(trace), done) if trace is not None else {}
     codes = _codes(done)
     if source is not None:
-        errors = _measured(done, Path(os.path.abspath(local_folder(source))), codes, progress)
+        errors = _measured(
+            done, Path(os.path.abspath(local_folder(converted_from(source, done.source)))), codes, progress
+        )
         statistics = {place: error.statistics for place, error in errors.items() if error.statistics}
         done = replace(done, layers=tuple(_with_error(layer, errors) for layer in done.layers))
         origin = f"Measured anew, against {Path(source).name}."

@@ -50,7 +50,9 @@ def test_what_must_be_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             look("org/base")
 
 
-def test_a_source_that_moved_since(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_moved_since(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_sharded(tmp_path / "model", qwen_shards(), QWEN_CONFIG)
     commit = hub.store.add_folder("org/base", model).refs["main"]
     use(hub, monkeypatch, tmp_path / "home")
@@ -63,4 +65,6 @@ def test_a_source_that_moved_since(hub: HubServer, tmp_path: Path, monkeypatch: 
     assert found.ok and found.layers
     (said,) = [check.checked for check in found.checks if check.name == "source"]
     assert said.endswith(f", of org/base@{commit}, which was converted")
+    assert omni_convert.report(tmp_path / "out", source="org/base").to_html()
     assert not omni_convert.verify(tmp_path / "out", source="org/base@main").ok
+    assert "Fetching" not in capsys.readouterr().err, "this is no terminal"

@@ -106,6 +106,8 @@ def test_only_what_the_model_needs_is_downloaded(hub: HubServer, cli: Cli, qwen_
         "original/consolidated.00.pth": "weights beside the model's components",
         "qwen-q4.gguf": "weights for another library",
         "onnx/model.onnx": "weights for another library",
+        "onnx/model.onnx_data_1": "weights for another library",
+        "onnx/model.onnx.data": "weights for another library",
     }
     for name in unwanted:
         (folder / name).parent.mkdir(exist_ok=True)
