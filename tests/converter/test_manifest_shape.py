@@ -61,7 +61,7 @@ def changed(manifest: dict[str, Any], at: tuple[str, ...], *value: object) -> di
     return made
 
 
-@pytest.mark.parametrize("value", [(), *((value,) for value in WRONG)], ids=repr)
+@pytest.mark.parametrize("value", [(), *((value,) for value in WRONG)], ids=lambda value: repr(value)[:20])
 def test_every_key_that_is_lost_or_something_else(edited: Path, value: tuple[object, ...]) -> None:
     path = edited / "omni_convert.json"
     manifest = read_json(path)
