@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -123,7 +123,8 @@ def convert_to_hub(
         work=work,
     )  # fmt: skip
     means = Means(threads=threads, memory=memory, device=device, overwrite=overwrite)
-    with target.reading() as scratch:
+    is_read = bool(methods) or auto_ignore is not None or budget is not None
+    with target.reading() if is_read else nullcontext() as scratch:
         planned = chosen_plan(
             source, quantization, methods, auto_ignore, budget, choices, threads=threads, memory=memory,
             scratch=scratch, progress=progress,
