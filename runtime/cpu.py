@@ -61,9 +61,9 @@ def refuse_int_mm(shape: tuple[int, int]) -> str | None:
 @functools.cache
 def _is_exact(kernel: Callable[[Format, Tensor, Mapping[str, Tensor], Tensor | None, Tensor], Tensor]) -> bool:
     """Whether ``kernel`` survives the codes that overflow 16-bit sums of two products."""
-    x = torch.ones(32, 64)
-    weight = torch.full((32, 64), 127, dtype=torch.int8)
-    weight_scale = torch.ones(32, 1)
+    x = torch.ones(32, 64, dtype=torch.float32, device="cpu")
+    weight = torch.full((32, 64), 127, dtype=torch.int8, device="cpu")
+    weight_scale = torch.ones(32, 1, dtype=torch.float32, device="cpu")
     with torch.inference_mode():
         tensors = {"weight": weight, "weight_scale": weight_scale}
         found = kernel(FORMATS["int8"], x, tensors, None, new_handle(weight))
@@ -75,7 +75,7 @@ def onednn_linear(fmt: Format, x: Tensor, tensors: Mapping[str, Tensor], bias: T
     weight = tensors["weight"]
     packed = prepared(handle, [weight], lambda: torch.ops.onednn.qlinear_prepack(weight.detach().contiguous(), None))
     channel_scale = tensors["weight_scale"].view(-1)
-    no_zero_points = torch.empty(0, dtype=torch.int64)
+    no_zero_points = torch.empty(0, dtype=torch.int64, device="cpu")
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], ROWS_PER_BLOCK):
         rows = slice(start, start + ROWS_PER_BLOCK)

@@ -23,7 +23,7 @@ def explain(library: ModuleType, function: str, place: int) -> None:
     def read(*args: Any, **kwargs: Any) -> Any:
         try:
             return theirs(*args, **kwargs)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             _check(Path(args[place]))
             raise
 

@@ -72,7 +72,7 @@ def decode(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> Tensor:
 def _run_kernel(fmt: Format, tensors: Mapping[str, Tensor], out: Tensor) -> None:
     """With the compiled kernel, which rounds to BF16 itself, in threads."""
     is_half = out.dtype == torch.float16
-    target = torch.empty(out.shape) if is_half else out
+    target = torch.empty_like(out, dtype=torch.float32) if is_half else out
     values = _array(target)
     arrays = {suffix: _array(tensor.detach()) for suffix, tensor in tensors.items()}
 
@@ -129,14 +129,16 @@ def _look_up(codes: Tensor, out: Tensor) -> None:
 def _values(device: torch.device) -> Tensor:
     """(256,) float32: the value of every e4m3 byte."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).to(device)
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32).to(device)
 
 
 @functools.cache
 def _pairs(device: torch.device) -> Tensor:
     """(65536,) int64: two float32, for every pair of neighbouring bytes as an unsigned number."""
     with torch.inference_mode(False), torch.no_grad():
-        numbers = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.uint8)  # its bytes, in order
+        numbers = (
+            torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16).view(torch.uint8)
+        )  # its bytes, in order
         return _values(torch.device("cpu"))[numbers.to(torch.int64)].view(torch.int64).to(device)
 
 

@@ -276,9 +276,28 @@ def _model_class(component: Component) -> tuple[Any, str]:
             f"{config_path}: names no class (_class_name or model_type), expected one: weights that were converted "
             "from a single file carry no model. Build the model yourself, or convert its folder."
         )
-    architectures = component.config.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    return getattr(module, str(name), None) or module.AutoModel, library
+    return _transformers_class(module, component.config, config_path), library
+
+
+def _transformers_class(module: Any, config: Mapping[str, Any], config_path: Path) -> Any:
+    """What a Transformers config names; the model without a head where it names nothing."""
+    architectures = config.get("architectures")
+    if not architectures:
+        return module.AutoModel
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    found = getattr(module, name, None) if isinstance(name, str) and isinstance(architectures, list) else None
+    if not isinstance(found, type) or not issubclass(found, module.PreTrainedModel):
+        remedy = (
+            "It comes with code of its own, which the library runs, after import omni_convert: "
+            "from_pretrained(..., trust_remote_code=True)"
+            if "auto_map" in config
+            else "Install the version that the model needs: pip install -U transformers"
+        )
+        raise OmniConvertError(
+            f"{config_path}: architectures is {printable(architectures)}, expected a list with a model class of "
+            f"Transformers {module.__version__}. {remedy}"
+        )
+    return found
 
 
 def _stored_dtype(component: Component, online: Online | None = None) -> torch.dtype:

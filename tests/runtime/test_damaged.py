@@ -12,6 +12,7 @@ from kinds import KINDS
 from loaded import LAYERS, loaders, refused, stored
 from safetensors.torch import save_file
 
+import omni_convert
 from omni_convert import OmniConvertError
 
 library = pytest.mark.parametrize("name", LAYERS)
@@ -77,9 +78,14 @@ def test_an_index(
     edit(index["weight_map"], f"{LAYERS[name]}.weight")
     path.write_text(json.dumps(index))
     refused(name, folder, f"{path}: .*{message}")
-    for text, problem in ((path.read_text()[:-1], "is not valid JSON"), ("{}", "found no weight_map")):
+    for text, problem in (
+        (path.read_text()[:-1], "is not valid JSON"),
+        ("{}", "found no weight_map"),
+        ("[]", ""),
+        (json.dumps(index | {"weight_map": {"a": 3}}), ""),
+    ):
         path.write_text(text)
-        refused(name, folder, f"{path}: {problem}")
+        refused(name, folder, f"{path}: .*{problem}")
 
 
 @library
@@ -119,3 +125,15 @@ def test_a_missing_flag(
         return
     with pytest.raises(OmniConvertError, match=f"{flag}.*expected true"):
         theirs(folder)
+
+
+@pytest.mark.parametrize("found", [["NewModel"], "BertModel", ["pipeline"], [3]], ids=str)
+def test_a_class_that_the_library_lacks(
+    bert_plain: Path, quantize: Callable[..., Path], found: object, tmp_path: Path
+) -> None:
+    """A model without its head would load in its place."""
+    folder = quantize(bert_plain, tmp_path / "converted", fmt=KINDS["int8"])
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": found}))
+    with pytest.raises(OmniConvertError, match=rf"{path}: architectures is .*expected a list with a model class of"):
+        omni_convert.load(folder)

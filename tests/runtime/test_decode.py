@@ -46,6 +46,23 @@ def tensors_of(fmt: Format, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 
 @every
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16], ids=str)
+def test_the_default_dtype_and_device_do_not_matter(fmt: Format, default: torch.dtype, way: str) -> None:
+    tensors = tensors_of(fmt, (130, 1088))
+    decode._values.cache_clear()
+    decode._pairs.cache_clear()
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        found = decode.decode(fmt, tensors, torch.empty((130, 1088), dtype=torch.float16, device="cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert torch.equal(found, fmt.dequantize(tensors).half())
+    assert bool(engine._problems) == (way == "tables")
+
+
+@every
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("small", [False, True])
 def test_decoded_is_dequantized(

@@ -124,6 +124,19 @@ def test_kernels_that_saturate_are_refused() -> None:
     assert "runs on kernel" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device"), [(torch.bfloat16, "cpu"), (torch.float16, "cpu"), (torch.float32, "meta")]
+)
+def test_the_first_choice_does_not_depend_on_defaults(dtype: torch.dtype, device: str) -> None:
+    code = (  # a process of its own: what a kernel can do is found out once
+        f"import torch; torch.set_default_dtype({dtype}); torch.set_default_device({device!r})\n"
+        "from omni_convert.formats import FORMATS; from omni_convert.runtime.kernels import Device, choose\n"
+        "print(choose(FORMATS['int8'], (64, 64), Device('cpu')).kernel.name)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == choose(FORMATS["int8"], (64, 64), Device("cpu")).kernel.name
+
+
 def test_choice_names_its_reasons() -> None:
     choice = choose(INT8, (8, 200_000), Device("cpu"))
     assert choice.kernel.name == "decode"
