@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hostile.small import write_pipeline
 from hub_server import TOKEN, HubServer
-from publishing import command, published, use
+from publishing import command, published
 from signals import default_signals
 
 import omni_convert
@@ -37,12 +37,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(source: Path) -> Path:
     omni_convert.convert(source, source.with_name("int8"), method="int8")
     return source.with_name("int8")
-
-
-@pytest.fixture
-def here(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    use(hub, monkeypatch, tmp_path / "home")
-    return hub
 
 
 def put(hub: HubServer, files: dict[str, bytes]) -> None:

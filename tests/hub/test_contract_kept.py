@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hostile.small import Tensor, write_json, write_pipeline, write_weights
 from hub_server import HubServer
-from publishing import command, published, use
+from publishing import command, published
 
 from omni_convert import OmniConvertError
 from omni_convert.converter import file_writer
@@ -26,12 +26,6 @@ def source(tmp_path: Path) -> Path:
     folder = write_pipeline(tmp_path / "model")
     (folder / "README.md").unlink()  # not text, which no repository of the Hub has
     return folder
-
-
-@pytest.fixture
-def here(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    use(hub, monkeypatch, tmp_path / "home")
-    return hub
 
 
 def quantize_encoder(source: Path) -> None:

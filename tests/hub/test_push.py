@@ -36,12 +36,6 @@ def any_hub(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
     return hub
 
 
-@pytest.fixture
-def here(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    use(hub, monkeypatch, tmp_path / "home")
-    return hub
-
-
 def mains(hub: HubServer, repo_id: str = REPO) -> list[set[str]]:
     """What main ever showed, from the first commit on."""
     repo = hub.store.repos[repo_id]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hostile.small import write_pipeline
 from hub_server import Fault, HubServer
-from publishing import folder_files, published, use, weights_of
+from publishing import folder_files, published, weights_of
 
 import omni_convert
 from omni_convert import OmniConvertError, UsageError
@@ -30,12 +30,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def out(source: Path) -> Path:
     omni_convert.convert(source, source.with_name("int8"), method="int8")
     return source.with_name("int8")
-
-
-@pytest.fixture
-def here(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubServer:
-    use(hub, monkeypatch, tmp_path / "home")
-    return hub
 
 
 def put(hub: HubServer, files: dict[str, bytes], ref: str = "main") -> None:
