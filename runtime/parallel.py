@@ -232,9 +232,9 @@ def add_up(rank: Rank, module: nn.Module, args: Any, output: Tensor) -> Tensor:
     import torch.distributed as dist
 
     _check_group(rank)
-    total = output.contiguous()
+    total = output.detach().contiguous()
     dist.all_reduce(total)
-    return total
+    return _end_of_graph(output, total)
 
 
 def join(rank: Rank, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -243,8 +243,29 @@ def join(rank: Rank, module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
     _check_group(rank)
     parts = [torch.empty_like(output, memory_format=torch.contiguous_format) for _ in range(rank.size)]
-    dist.all_gather(parts, output.contiguous())
-    return torch.cat(parts, -1)
+    dist.all_gather(parts, output.detach().contiguous())
+    return _end_of_graph(output, torch.cat(parts, -1))
+
+
+def _end_of_graph(output: Tensor, found: Tensor) -> Tensor:
+    """``found``, which all ranks made of ``output``; it refuses to be differentiated where that would be."""
+    is_recorded = torch.is_grad_enabled() and output.requires_grad
+    return _RefuseBackward.apply(output, found) if is_recorded else found  # type: ignore[no-untyped-call]
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """Parameters require gradients by default, so a forward pass alone is fine."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, found: Tensor) -> Tensor:
+        return found.clone()  # of itself autograd would make a view, which nobody may change in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise OmniConvertError(
+            "this model holds one rank's part of every layer, and gradients would be those of a part: it only runs "
+            "forward, expected no backward(). Use torch.inference_mode(), or train on one device, without tp_size."
+        )
 
 
 def _take_columns(split: Split, rank: Rank, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from kinds import KINDS
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ import omni_convert
 from omni_convert.formats.base import Facts, Format
 from omni_convert.formats.config import LayerRule, QuantizationConfig
 from omni_convert.formats.int8 import Int8
+from omni_convert.runtime.parallel import Rank
 
 Quantize = Callable[..., Path]
 INT8 = Int8()
@@ -181,3 +183,11 @@ def qwen_inputs() -> dict[str, Any]:
 @pytest.fixture
 def bert_inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.arange(20).reshape(2, 10)}
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[Rank]:
+    """The only rank of a process group: it holds all parts, and exchanges them with itself."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Rank(0, 1)
+    dist.destroy_process_group()

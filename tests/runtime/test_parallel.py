@@ -15,7 +15,7 @@ import omni_convert
 from omni_convert import OmniConvertError, UsageError
 from omni_convert.formats.base import Facts, Format
 from omni_convert.runtime.linear import QuantizedLinear
-from omni_convert.runtime.parallel import Rank, Split, check_split, local_tensors
+from omni_convert.runtime.parallel import Rank, Split, check_split, local_tensors, split_linears
 
 SPLIT = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2")
 FITS = [kind for kind in CHOICES if kind != "mxfp4_dualscale"]  # its groups of 512 columns are wider than a part here
@@ -174,3 +174,23 @@ def test_what_cannot_be_split(zimage: Path, qwen: Path, qwen_inputs: dict[str, A
     assert not part.hf_quantizer.is_serializable
     with pytest.raises(ValueError, match="not serializable"):
         part.save_pretrained("nowhere")
+
+
+@pytest.mark.parametrize("split", [Split(0, (8,), is_closed=True), Split(1, (4,)), Split(1, (4,), is_closed=True)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_are_refused_when_they_are_asked_for(split: Split, compiled: bool, group_of_one: Rank) -> None:
+    model, inputs = torch.nn.Sequential(torch.nn.Linear(4, 8)), torch.randn(3, 4, requires_grad=True)
+    linear = model[0]
+    split_linears(model, {"0": split}, group_of_one)
+    model.load_state_dict({f"0.{name}": value for name, value in linear.state_dict().items()})
+    run = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        expected = linear(inputs)
+        assert torch.equal(run(inputs), expected)
+        assert not run(inputs).requires_grad
+    output = run(inputs)
+    assert torch.equal(output, expected)
+    output += 1  # as models do with residuals
+    with pytest.raises(OmniConvertError, match=r"expected no backward\(\).*torch.inference_mode"):
+        output.sum().backward()
+    assert inputs.grad is None
