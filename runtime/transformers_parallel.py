@@ -47,19 +47,28 @@ _WHOLE = ("replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj")
 """Every rank holds all of it; what sets these apart concerns gradients alone."""
 
 
-def split_model(model: Any, rank: Rank) -> dict[str, Split]:
-    """Replace what the plan of ``model``, which has no weights yet, names by a rank's part of it.
+def split_model(model: Any, rank: Rank, rules: Mapping[str, Any]) -> dict[str, Split]:
+    """Replace what the plan of ``model``, which has no weights yet, names by a rank's part of it. ``rules``: by tensor,
+    what Transformers makes it with, of those that are not loaded as they are.
 
     Returns tensor name -> how it is split, of every tensor of which a rank holds a part; of an expert's weights with
     dimensions counted from the end. Empty: it cannot be split, and is one of several models in a pipeline.
 
     Raises:
         OmniConvertError: it has no plan, or one with a style that is not known here; heads cannot be divided by the
-            number of ranks; or a cut falls between weights that share a scale.
+            number of ranks; a cut falls between weights that share a scale; or parts of what is stored do not make
+            parts of what is split. The model is then as it was.
     """
     try:
         modules, experts = _splits(model, rank)
         _check(model, modules, experts, rank)
+        tensors = experts | {
+            f"{name}.{suffix}": split
+            for name, split in modules.items()
+            for suffix in model.get_submodule(name).state_dict(keep_vars=True)
+        }
+        for name, rule in rules.items():
+            check_merged(model, name, rule, tensors)
     except OmniConvertError as error:
         if not rank.in_pipeline:
             raise
@@ -70,11 +79,7 @@ def split_model(model: Any, rank: Rank) -> dict[str, Split]:
     for name in modules.keys() - linears.keys():
         _split_embedding(model.get_submodule(name), modules[name], rank)
     _split_experts(model, experts, rank)
-    return experts | {
-        f"{name}.{suffix}": split
-        for name, split in modules.items()
-        for suffix in model.get_submodule(name).state_dict(keep_vars=True)
-    }
+    return tensors
 
 
 def _splits(model: Any, rank: Rank) -> tuple[dict[str, Split], dict[str, Split]]:
@@ -173,6 +178,23 @@ def _check_heads(name: str, linear: nn.Linear, dim: int, attention: nn.Module, r
             )
 
 
+def check_merged(model: nn.Module, name: str, rule: Any, splits: Mapping[str, Split]) -> None:
+    """``name``: of the tensor that Transformers makes of others by ``rule``.
+
+    Raises:
+        OmniConvertError: parts of those others do not make a part of it.
+    """
+    targets = [name.replace(rule.target_patterns[0], target) for target in rule.target_patterns]
+    is_simple = len(targets) == 1 and all(isinstance(op, (MergeModulelist, Concatenate)) for op in rule.operations)
+    if not is_simple and not splits.keys().isdisjoint(targets):
+        steps = ", ".join(type(op).__name__ for op in rule.operations)
+        raise OmniConvertError(
+            f"{type(model).__name__}: Transformers rearranges {name} when it loads ({steps}), expected a tensor that "
+            "is loaded as it is, or merged from others, to be split among ranks. Load it on one device, without "
+            "tp_size."
+        )
+
+
 class _VocabularyPart:
     """Some of an embedding's rows; mixed into its class, which may scale what it looks up."""
 
@@ -259,20 +281,3 @@ def part_conversions(rules: Sequence[Any], splits: Mapping[str, Split], rank: Ra
             rule.operations.insert(0, TakePart(splits, rank))
     suffixes = sorted({name.rpartition(".")[2] for name in splits})
     return [*rules, *(WeightConverter(suffix, suffix, [TakePart(splits, rank)]) for suffix in suffixes)]
-
-
-def check_merged(model: nn.Module, name: str, rule: Any, splits: Mapping[str, Split]) -> None:
-    """``name``: of the tensor that Transformers makes of others by ``rule``.
-
-    Raises:
-        OmniConvertError: parts of those others do not make a part of it.
-    """
-    targets = [name.replace(rule.target_patterns[0], target) for target in rule.target_patterns]
-    is_simple = len(targets) == 1 and all(isinstance(op, (MergeModulelist, Concatenate)) for op in rule.operations)
-    if not is_simple and not splits.keys().isdisjoint(targets):
-        steps = ", ".join(type(op).__name__ for op in rule.operations)
-        raise OmniConvertError(
-            f"{type(model).__name__}: Transformers rearranges {name} when it loads ({steps}), expected a tensor that "
-            "is loaded as it is, or merged from others, to be split among ranks. Load it on one device, without "
-            "tp_size."
-        )

@@ -26,7 +26,7 @@ from omni_convert.runtime.names import register_names
 from omni_convert.runtime.online import QUANTIZING, Online
 from omni_convert.runtime.parallel import LOADING, Rank, Split, local_tensors
 from omni_convert.runtime.replace import check_converted, check_loaded, check_names, check_shapes, replace_linears
-from omni_convert.runtime.transformers_parallel import TakePart, check_merged, part_conversions, split_model
+from omni_convert.runtime.transformers_parallel import TakePart, part_conversions, split_model
 
 
 class OmniConvertConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -124,10 +124,7 @@ class OmniConvertQuantizer(HfQuantizer):  # type: ignore[misc]
     def _split(self, model: nn.Module, tensors: Mapping[str, TensorSpec], rank: Rank) -> None:
         names = _renamed(model, tensors)
         check_shapes(model, {name: tensors[stored].shape for stored, (name, rule) in names.items() if not rule})
-        self._splits = split_model(model, rank)
-        for name, rule in names.values():
-            if rule:
-                check_merged(model, name, rule, self._splits)
+        self._splits = split_model(model, rank, {name: rule for name, rule in names.values() if rule})
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         layer, _, suffix = param_name.rpartition(".")

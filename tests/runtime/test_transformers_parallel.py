@@ -21,7 +21,7 @@ from transformers.core_model_loading import MergeModulelist, Transpose, WeightCo
 import omni_convert
 from omni_convert import OmniConvertError
 from omni_convert.runtime.linear import QuantizedLinear
-from omni_convert.runtime.parallel import Split
+from omni_convert.runtime.parallel import LOADING, Rank, Split
 from omni_convert.runtime.transformers_parallel import check_merged
 
 INPUTS = {"input_ids": torch.arange(3, 51, 3).reshape(2, 8)}
@@ -167,12 +167,47 @@ def test_what_a_pipeline_cannot_split_is_held_whole(
     assert whole_names(found.state_dict(), whole) == {n for n, v in whole.state_dict().items() if v.ndim > 1}
 
 
-def test_what_is_rearranged_is_not_split() -> None:
+def test_what_is_merged_or_whole_may_be_made_by_a_rule() -> None:
     model, splits = torch.nn.Linear(4, 4), {"experts.down": Split(-1, (4,))}
     check_merged(model, "experts.down", WeightConverter("down", "down", [MergeModulelist()]), splits)
     check_merged(model, "experts.up", WeightConverter("up", "up", [Transpose(0, 1)]), splits)
-    with pytest.raises(OmniConvertError, match=r"rearranges experts.down .*\(Transpose\), expected a tensor"):
-        check_merged(model, "experts.down", WeightConverter("down", "down", [Transpose(0, 1)]), splits)
+
+
+def test_what_is_rearranged_is_not_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Transformers transposes the experts of Qwen3-VL-MoE; of a pipeline, every rank holds all of it."""
+    text = {**GROUPED, **EXPERTS, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    transformers.Qwen3VLMoeForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    folder = convert(tmp_path / "plain", tmp_path / "model", "fp8 channel", ignore=["visual", "experts"])
+    with pytest.raises(OmniConvertError, match=r"rearranges .*experts.* \(Transpose\), expected a tensor"):
+        omni_convert.load(folder, tp_rank=0, tp_size=2)
+    whole, found = omni_convert.load(folder).state_dict(), load_as(Rank(0, 2, in_pipeline=True), folder).state_dict()
+    assert "every rank holds all of a Qwen3VLMoe" in caplog.text
+    assert all(torch.equal(as_bytes(found[name]), as_bytes(value)) for name, value in whole.items())
+
+
+def load_as(rank: Rank, folder: Path) -> Any:
+    """As ``omni_convert.load`` does for ranks of any kind."""
+    [name] = json.loads((folder / "config.json").read_text())["architectures"]
+    token = LOADING.set(rank)
+    try:
+        return getattr(transformers, name).from_pretrained(folder).eval()
+    finally:
+        LOADING.reset(token)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_part_runs_forward_alone(name: str, tmp_path: Path, group_of_one: Rank) -> None:
+    plain = write(MODELS[name][0], MODELS[name][1], tmp_path / "plain")
+    model = load_as(group_of_one, convert(plain, tmp_path / "model", "fp8 channel"))
+    with torch.inference_mode():
+        expected = model(**INPUTS)[0]
+    output = copy.deepcopy(model)(**INPUTS)[0]
+    assert torch.equal(output, expected)
+    assert model.generate(**INPUTS, max_new_tokens=1).shape == (2, 9)
+    with pytest.raises(OmniConvertError, match=r"one rank's part of every layer.*expected no backward\(\)"):
+        output.float().square().mean().backward()
 
 
 _LOAD = """
