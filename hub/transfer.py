@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from omni_convert.converter import contract_values
 from omni_convert.converter.analyze import chosen_plan
 from omni_convert.converter.contract import check_contract
-from omni_convert.converter.contract_view import keep_scales, lay_out
 from omni_convert.converter.convert import Means, Report, check, run
 from omni_convert.converter.file_writer import FileRecord
 from omni_convert.converter.folder import OutputFolder
@@ -29,6 +28,7 @@ from omni_convert.converter.job import job_identity
 from omni_convert.converter.outlet import SMALL_BYTES, is_small
 from omni_convert.converter.plan import Plan
 from omni_convert.converter.progress import without_bars
+from omni_convert.converter.stand_ins import keep_scales, lay_out
 from omni_convert.formats.errors import OmniConvertError, UsageError, printable
 from omni_convert.formats.quant_config import Spec
 from omni_convert.formats.text import format_bytes

@@ -27,7 +27,7 @@ def conversion(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Pa
 def test_manifest(conversion: tuple[Path, Path, bool]) -> None:
     source, out, hashed = conversion
     manifest = read_json(out / "omni_convert.json")
-    assert manifest.keys() == {"omni_convert", "recipe", "files", "source", "components"}
+    assert manifest.keys() == {"omni_convert", "recipe", "files", "source", "components", "cautions"}
     assert manifest["omni_convert"] == __version__
     assert manifest["recipe"] == {
         "method": "int8",

@@ -300,8 +300,8 @@ def test_folder_that_was_finished_between_looking_and_locking(
 ) -> None:
     check = OutputFolder.check
 
-    def then_another_finishes(self: OutputFolder, needed: int) -> None:
-        check(self, needed)
+    def then_another_finishes(self: OutputFolder, *args: Any, **kwargs: Any) -> None:
+        check(self, *args, **kwargs)
         monkeypatch.undo()
         to_int8(source, interrupted)
 

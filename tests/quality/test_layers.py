@@ -86,14 +86,20 @@ def test_exact_layers_lost_nothing(out: Path, tmp_path: Path) -> None:
     [
         (lambda tensors: tensors.update(ghost={"action": "keep", "why": ""}), "lacks ghost"),
         (lambda tensors: tensors[QUERY].pop("dtype"), "was None, expected BF16"),
-        (lambda tensors: tensors.clear(), "does not name"),
+        (lambda tensors: tensors.clear(), "components.transformer.tensors is {}, expected an object that is not empty"),
         (lambda tensors: tensors.pop(QUERY), f"holds {QUERY}.*does not name"),
         (lambda tensors: tensors[QUERY].update(action="keep"), f"holds {QUERY}_scale.*does not name"),
         *(
-            (lambda tensors, value=value: tensors[QUERY].update(sqnr_db=value), f"transformer: .*sqnr_db .*for {QUERY}")
+            (
+                lambda tensors, value=value: tensors[QUERY].update(sqnr_db=value),
+                rf"transformer\.tensors\['{QUERY}'\]\.sqnr_db is .*, expected a number of dB or null",
+            )
             for value in (math.nan, math.inf, -1e6, 1e300, "x", True, [])
         ),
-        (lambda tensors: tensors[QUERY].update(shared_scale_db="x"), f"shared_scale_db x for {QUERY}"),
+        (
+            lambda tensors: tensors[QUERY].update(shared_scale_db="x"),
+            rf"\['{QUERY}'\]\.shared_scale_db is 'x', expected a number of dB",
+        ),
     ],
 )
 def test_manifest_that_does_not_fit(

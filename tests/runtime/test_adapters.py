@@ -95,6 +95,7 @@ def test_transformers_adapter(bert_model: Any, bert_kind: Path, bert_inputs: Inp
     assert torch.equal(run(bert_model, bert_inputs), before)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8 block", "mxfp4_dualscale"], indirect=True)
 def test_an_adapter_compiles_and_offloads(model: Any, qwen_inputs: Inputs) -> None:
     from diffusers.hooks import apply_group_offloading
 

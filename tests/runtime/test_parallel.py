@@ -34,19 +34,24 @@ def wide_plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8 tensor", "fp8 block", "mxfp4"])
-def test_two_processes_are_one(kind: str, wide_plain: Path, qwen_inputs: dict[str, Any], tmp_path: Path) -> None:
-    folder = convert(wide_plain, tmp_path / "model", kind, ignore=["txt_mlp"])
-    whole = omni_convert.load(folder)
+def test_two_processes_are_one(wide_plain: Path, qwen_inputs: dict[str, Any], tmp_path: Path) -> None:
+    kinds = ("int8", "fp8 tensor", "fp8 block", "mxfp4")
+    folders = [convert(wide_plain, tmp_path / kind, kind, ignore=["txt_mlp"]) for kind in kinds]
+    done = run_ranks([Job(folder, {}, qwen_inputs) for folder in folders], tmp_path)
+    for folder, ((first, _, state), (second, *_)) in zip(folders, done, strict=True):
+        whole = omni_convert.load(folder)
+        assert torch.equal(first, second)
+        assert is_close(first, whole, qwen_inputs)
+        block = "transformer_blocks.0."
+        for name in (*SPLIT, "txt_mlp.net.2"):
+            assert state[f"{block}{name}.weight"].numel() * 2 == whole.state_dict()[f"{block}{name}.weight"].numel()
+        assert torch.equal(state[f"{block}img_mod.1.weight"], whole.state_dict()[f"{block}img_mod.1.weight"])
+
+
+def is_close(found: torch.Tensor, whole: Any, inputs: dict[str, Any]) -> bool:
     with torch.inference_mode():
-        expected = whole(**qwen_inputs)[0]
-    [((first, _, state), (second, *_))] = run_ranks([Job(folder, {}, qwen_inputs)], tmp_path)
-    assert torch.equal(first, second)
-    assert (first - expected).norm() / expected.norm() < 0.01
-    block = "transformer_blocks.0."
-    for name in (*SPLIT, "txt_mlp.net.2"):
-        assert state[f"{block}{name}.weight"].numel() * 2 == whole.state_dict()[f"{block}{name}.weight"].numel()
-    assert torch.equal(state[f"{block}img_mod.1.weight"], whole.state_dict()[f"{block}img_mod.1.weight"])
+        expected = whole(**inputs)[0]
+    return bool((found - expected).norm() / expected.norm() < 0.01)
 
 
 FLUX: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
@@ -63,10 +68,8 @@ FLUX: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["int8", "mxfp8"])
-@pytest.mark.parametrize("name", FLUX)
-def test_packed_layers_are_split_block_by_block(name: str, kind: str, tmp_path: Path) -> None:
-    """Diffusers notes on some linears of FLUX which blocks they are made of."""
+def flux(name: str, folder: Path) -> dict[str, Any]:
+    """Writes a model; its inputs."""
     import diffusers
 
     model_class, sizes, more = FLUX[name]
@@ -75,9 +78,8 @@ def test_packed_layers_are_split_block_by_block(name: str, kind: str, tmp_path: 
     model = getattr(diffusers, model_class)(
         num_layers=1, num_single_layers=1, num_attention_heads=4, attention_head_dim=32, axes_dims_rope=axes, **sizes
     )
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "plain")
-    omni_convert.convert(tmp_path / "plain", tmp_path / "model", **CHOICES[kind])
-    inputs = {
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return {
         "hidden_states": torch.randn(1, 6, 16).bfloat16(),
         "encoder_hidden_states": torch.randn(1, 5, 32).bfloat16(),
         "timestep": torch.tensor([0.5]).bfloat16(),
@@ -86,16 +88,24 @@ def test_packed_layers_are_split_block_by_block(name: str, kind: str, tmp_path: 
         "return_dict": False,
         **{key: torch.randn(shape).bfloat16() for key, shape in more.items()},
     }
-    whole = omni_convert.load(tmp_path / "model")
-    with torch.inference_mode():
-        expected = whole(**inputs)[0]
-    [((first, _, state), (second, *_))] = run_ranks([Job(tmp_path / "model", {}, inputs)], tmp_path)
-    assert torch.equal(first, second)
-    assert (first - expected).norm() / expected.norm() < 0.01
-    layer = "proj_out" if name == "FLUX.1" else "attn.to_out"
-    key = f"single_transformer_blocks.0.{layer}"
-    assert isinstance(whole.get_submodule(key), QuantizedLinear)
-    assert state[f"{key}.weight"].numel() * 2 == whole.state_dict()[f"{key}.weight"].numel()
+
+
+def test_packed_layers_are_split_block_by_block(tmp_path: Path) -> None:
+    """Diffusers notes on some linears of FLUX which blocks they are made of."""
+    jobs: dict[tuple[str, str], Job] = {}
+    for name in FLUX:
+        inputs = flux(name, tmp_path / name)
+        for kind in ("int8", "mxfp8"):
+            omni_convert.convert(tmp_path / name, tmp_path / f"{name} {kind}", **CHOICES[kind])
+            jobs[name, kind] = Job(tmp_path / f"{name} {kind}", {}, inputs)
+    done = run_ranks([*jobs.values()], tmp_path)
+    for ((name, _), job), ((first, _, state), (second, *_)) in zip(jobs.items(), done, strict=True):
+        whole = omni_convert.load(job.folder)
+        assert torch.equal(first, second)
+        assert is_close(first, whole, job.inputs)
+        key = f"single_transformer_blocks.0.{'proj_out' if name == 'FLUX.1' else 'attn.to_out'}"
+        assert isinstance(whole.get_submodule(key), QuantizedLinear)
+        assert state[f"{key}.weight"].numel() * 2 == whole.state_dict()[f"{key}.weight"].numel()
 
 
 @pytest.mark.parametrize("kind", FITS)
