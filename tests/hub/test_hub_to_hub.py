@@ -161,27 +161,23 @@ def test_from_a_folder(
     assert not [item for item in hub.requests[before:] if item.method == "PUT" or "/commit/" in item.path]
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [("hub", signal.SIGKILL), ("xet_hub", signal.SIGKILL), ("xet_hub", signal.SIGINT)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_goes_on(
-    name: str, number: signal.Signals, request: pytest.FixtureRequest, source: Path, local: dict[str, bytes],
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    any_hub: HubServer = request.getfixturevalue(name)
-    any_hub.store.add_folder("org/base", source)
+    number: signal.Signals, xet_hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    xet_hub.store.add_folder("org/base", source)
     arguments = ("--method", "int8", "org/base", f"hub:{REPO}")
     for count in (1, 6):
-        process = start(any_hub, tmp_path, *arguments)
-        when_committed(any_hub, count, process)
+        process = start(xet_hub, tmp_path, *arguments)
+        when_committed(xet_hub, count, process)
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
         assert process.returncode == (-9 if number == signal.SIGKILL else 1), err
         assert number == signal.SIGKILL or re.search(r"Interrupted\. \d+ of 11 files are finished and kept", err)
-        assert set(published(any_hub, REPO)) == {".gitattributes"}
-    status, _, err = command(any_hub, tmp_path, *arguments)
+        assert set(published(xet_hub, REPO)) == {".gitattributes"}
+    status, _, err = command(xet_hub, tmp_path, *arguments)
     assert status == 0, err
-    check_published(any_hub, local)
+    check_published(xet_hub, local)
 
 
 def test_kills_at_every_moment(hub: HubServer, source: Path, local: dict[str, bytes], tmp_path: Path) -> None:

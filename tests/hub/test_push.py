@@ -275,9 +275,7 @@ def test_an_upload_that_is_not_what_it_should_be_is_not_merged(
     assert mains(here) == [{".gitattributes"}]
 
 
-@pytest.mark.parametrize("name", ["hub", "xet_hub"])
-def test_the_command(name: str, request: pytest.FixtureRequest, outs: dict[str, Path], tmp_path: Path) -> None:
-    hub: HubServer = request.getfixturevalue(name)
+def test_the_command(hub: HubServer, outs: dict[str, Path], tmp_path: Path) -> None:
     status, out, err = command(hub, tmp_path, "push", outs["int8"], REPO)
     assert (status, out) == (2, "")
     assert err.endswith("Error: Nobody can be asked whether to upload that: pass --yes.\n")
